@@ -1,0 +1,54 @@
+"""phi3v: Phi-3-Vision on MLX, as a secure server, a command line and a module."""
+
+import ctypes
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+__version__ = "0.1.0"
+
+
+def load(model: str = "demo") -> "LLM":
+    """A model ready to answer: "demo", a checkpoint folder, or a hub id that is on this machine.
+
+    Raises errors.SetupError with one line for a person when it cannot be loaded.
+    """
+    llm = open_llm(model)
+    llm.wait()
+    return llm
+
+
+def open_llm(model: str = "demo") -> "LLM":
+    """Like `load`, but returns while the model is still being read: `llm.wait()` waits for it."""
+    fast_blas()
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        from .errors import SetupError
+
+        raise SetupError(
+            f"MLX has no backend here ({error}): install one with pip install 'phi3v[cpu]', or [cuda12], [cuda13]"
+        ) from None
+    from .llm import LLM
+
+    return LLM(model)
+
+
+def fast_blas() -> str | None:
+    """On Linux, put OpenBLAS before the slow BLAS of MLX's CPU wheel; its file's name if that was done.
+
+    The wheel's reference BLAS makes 2 GFLOP/s, OpenBLAS 170 on two cores. Symbols bind to what was opened first, so
+    this must come before `import mlx.core`. PHI3V_BLAS=0 turns it off.
+    """
+    if sys.platform != "linux" or os.environ.get("PHI3V_BLAS") == "0":
+        return None
+    for name in ("libopenblas.so.0", "libopenblas.so"):
+        try:
+            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+            return name
+        except OSError:
+            continue
+    return None

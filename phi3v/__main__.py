@@ -1,0 +1,287 @@
+"""The command line: `phi3v` and `python -m phi3v`, one function per subcommand.
+
+Imports MLX only in the subcommands that run a model: the others answer in under 0.3 s.
+"""
+
+import argparse
+import base64
+import json
+import logging
+import logging.handlers
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from . import __version__, fast_blas, tls
+from .errors import RequestError, SetupError
+from .keys import Key, KeyStore
+
+LOG_BYTES, LOG_FILES = 10_000_000, 5  # server.log is rotated: 60 MB at most
+SIZES = {"": 1, "KB": 1024, "MB": 1024**2}
+TIMES = {"m": 60, "h": 3600, "d": 86400}
+QUESTION = "What is shown in this image?"
+EXAMPLE = Path(__file__).parent / "demo" / "red-circle.png"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 1 for an error, 2 for wrong usage."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "run"):
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        return arguments.run(arguments) or 0
+    except (SetupError, RequestError) as error:
+        print(f"phi3v: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `phi3v generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM; running requests are answered first."""
+    from . import open_llm
+    from .server import Server
+
+    _start_log(arguments)
+    log = logging.getLogger("phi3v")
+    for notice in tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host):
+        log.warning(notice)
+    context = tls.server_context(arguments.certfile, arguments.keyfile)
+    keys = KeyStore(arguments.db)
+    limits = {"max_content_length": arguments.max_content_length, "max_tokens": arguments.max_tokens}
+    with open_llm(arguments.model) as llm:
+        try:
+            server = Server((arguments.host, arguments.port), context, llm, keys, **limits)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SetupError(f"cannot listen on {arguments.host} port {arguments.port}: {reason}") from None
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        llm.wait()
+        _say_hello(arguments, llm.checkpoint, keys, server.server_address[1])
+        _wait_for_signal()
+        print("phi3v: finishing the running requests; a second Ctrl-C ends at once", file=sys.stderr)
+        server.stop()
+
+
+def _wait_for_signal() -> None:
+    """Return at SIGINT or SIGTERM; a second one has its ordinary effect."""
+    stop = threading.Event()
+
+    def receive(number: int, _) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
+    stop.wait()
+
+
+def create(arguments: argparse.Namespace) -> None:
+    keys = KeyStore(arguments.db)
+    if keys.created:
+        print(f"phi3v: made a new database, {keys.path}", file=sys.stderr)
+    expires = None if arguments.expires is None else time.time() + arguments.expires
+    key, secret = keys.create(arguments.name, arguments.rate_limit, expires)
+    print(secret)
+    print(f"phi3v: that is key {key.id} of {keys.path}, shown only this once", file=sys.stderr)
+
+
+def list_keys(arguments: argparse.Namespace) -> None:
+    keys = KeyStore(arguments.db, create=False)
+    if arguments.json:
+        print(json.dumps({"db": str(keys.path), "keys": [vars(key) for key in keys.list()]}, indent=2))
+    else:
+        print(keys.path)
+        print(_table(keys.list()))
+
+
+def update(arguments: argparse.Namespace) -> None:
+    changes = {"name": arguments.name, "rate_limit": arguments.rate_limit}
+    changes = {column: value for column, value in changes.items() if value is not None}
+    if arguments.expires is not None:
+        changes["expires"] = time.time() + arguments.expires if arguments.expires else None
+    if not changes:
+        raise SetupError("nothing to change: give --rate-limit, --name or --expires")
+    print(_table([KeyStore(arguments.db, create=False).update(_reference(arguments.key), **changes)]))
+
+
+def delete(arguments: argparse.Namespace) -> None:
+    key = KeyStore(arguments.db, create=False).delete(_reference(arguments.key))
+    print(f"deleted {key.id} ({key.name})")
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Answer one prompt on stdout, as it is made; with --json the reply that the server would give."""
+    from . import open_llm, protocol
+
+    for path in arguments.image:
+        if not Path(path).is_file():
+            raise SetupError(f"there is no picture {path}")
+    show = sys.stderr.isatty()
+    with open_llm(arguments.model) as llm:
+        print(f"loading {llm.checkpoint} …", end="\r" if show else "", file=sys.stderr) if show else None
+        llm.wait()
+        print("\x1b[K", end="", file=sys.stderr) if show else None
+        params = {"max_tokens": arguments.max_tokens, "num_crops": arguments.num_crops}
+        with llm.stream(arguments.prompt, arguments.image, **params) as deltas:
+            if arguments.json:
+                print(json.dumps(protocol.completion_response(deltas, llm.checkpoint), ensure_ascii=False, indent=2))
+                return
+            for delta in deltas:
+                print(delta.text, end="", flush=True)
+            print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="phi3v", description="Phi-3-Vision on MLX: a secure server and command line.")
+    parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="")
+
+    def command(run, name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(serve, "serve", "serve the model over HTTPS")
+    _option(sub, "--model", default="demo", help="demo (the embedded one), a checkpoint folder or a hub id")
+    _option(sub, "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
+    _option(sub, "--port", type=int, default=8000)
+    _option(sub, "--certfile", default="server.crt", help="made on the first run if it is not there")
+    _option(sub, "--keyfile", default="server.key")
+    _option(sub, "--log-file", default="server.log")
+    _option(sub, "--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    _option(sub, "--max-content-length", type=_size, default="1MB", help="largest body, such as 500KB or 1MB")
+    _option(sub, "--max-tokens", type=_positive, default=1024, help="the most that a request may ask for")
+    sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
+    create_ = command(create, "create", "create an API key and print it, once")
+    create_.add_argument("--name", required=True)
+    create_.add_argument("--rate-limit", type=_positive, default=100, help="requests per minute (100)")
+    create_.add_argument("--expires", type=_duration, help="how long it is valid, such as 12h or 90d (for ever)")
+    list_ = command(list_keys, "list", "show the keys, their limits and their use; never a key itself")
+    list_.add_argument("--json", action="store_true")
+    update_ = command(update, "update", "change a key's limit, name or end")
+    update_.add_argument("--rate-limit", type=_positive)
+    update_.add_argument("--name")
+    update_.add_argument("--expires", type=_duration, help="from now on, such as 90d; or never")
+    delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
+    for sub_ in (update_, delete_):
+        sub_.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
+    for sub_ in (sub, create_, list_, update_, delete_):
+        _option(sub_, "--db", default="keys.db", help="the file that holds the keys (keys.db)")
+    sub = command(generate, "generate", "answer one prompt in the terminal")
+    sub.add_argument("prompt")
+    sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    _option(sub, "--model", default="demo", help="demo (the embedded one), a checkpoint folder or a hub id")
+    sub.add_argument("--max-tokens", type=int, help="the most tokens of the answer (512)")
+    sub.add_argument("--num-crops", type=int, help="the most crops a picture is cut into, 1 to 16")
+    sub.add_argument("--json", action="store_true", help="print the reply that the server would give")
+    return parser
+
+
+def _option(parser: argparse.ArgumentParser, flag: str, **kwargs) -> None:
+    """An option whose default the environment may set: --log-file reads PHI3V_LOG_FILE."""
+    variable = "PHI3V_" + flag.strip("-").upper().replace("-", "_")
+    kwargs["default"] = os.environ.get(variable, kwargs["default"])
+    parser.add_argument(flag, **kwargs)
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([0-9]{1,9})(KB|MB|)", text.upper())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500KB, 1MB or 1048576")
+    return int(found[1]) * SIZES[found[2]]
+
+
+def _duration(text: str) -> int:
+    """Seconds; 0 for "never"."""
+    found = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", text)
+    if not found and text != "never":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30m, 12h or 90d, nor 'never'")
+    return int(found[1]) * TIMES[found[2]] if found else 0
+
+
+def _reference(key: str) -> str:
+    """What --key named; - keeps the key out of `ps` and of the shell's history."""
+    return sys.stdin.readline().strip() if key == "-" else key
+
+
+def _table(keys: list[Key]) -> str:
+    head = ["ID", "NAME", "KEY", "LIMIT/MIN", "CREATED", "EXPIRES", "LAST USED", "REQUESTS", "TOKENS"]
+    rows = [head]
+    for k in keys:
+        tokens = f"{k.prompt_tokens}+{k.completion_tokens}"
+        times = [_date(t) for t in (k.created, k.expires, k.last_used)]
+        rows.append([k.id, k.name, k.prefix + "…", str(k.rate_limit), *times, str(k.requests), tokens])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _date(seconds: float | None) -> str:
+    return "–" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _start_log(arguments: argparse.Namespace) -> None:
+    """Everything to the log file, warnings to stderr as well."""
+    log = logging.getLogger("phi3v")
+    log.setLevel(arguments.log_level.upper())
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter("phi3v: %(message)s"))
+    log.addHandler(console)
+    try:
+        file = logging.handlers.RotatingFileHandler(
+            arguments.log_file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"
+        )
+    except OSError as error:
+        log.warning("cannot write %s: %s; serving without a log file", arguments.log_file, error.strerror)
+        return
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+
+
+def _say_hello(arguments: argparse.Namespace, checkpoint: str, keys: KeyStore, port: int) -> None:
+    local = arguments.host in ("127.0.0.1", "localhost", "0.0.0.0", "::", "::1")
+    url = f"https://{'localhost' if local else arguments.host}:{port}"
+    demo = " (the small embedded demo, not Phi-3.5-vision)" if arguments.model == "demo" else ""
+    print(f"phi3v {__version__} answers at {url}")
+    print(f"model {checkpoint}{demo}")
+    print(f"keys in {keys.path}, log in {Path(arguments.log_file).absolute()}")
+    if sys.platform == "linux":
+        print(f"matrix products by {fast_blas() or 'the slow BLAS of the MLX wheel: README says how to get OpenBLAS'}")
+    if arguments.host in ("0.0.0.0", "::"):
+        name = next(n for n in tls.host_names() if n.endswith(".local"))
+        print(f"others on this network: https://{name}:{port}, with the certificate {arguments.certfile}")
+        print(f"whose SHA-256 fingerprint is {tls.fingerprint(arguments.certfile)}")
+    secret = "YOUR_API_KEY"
+    if not keys.list():
+        if arguments.first_key:
+            _, secret = keys.create("first")
+            print(f"\nyour API key, shown only this once:\n{secret}")
+        else:
+            print("there is no API key yet; make one with: phi3v create --name NAME")
+    picture = base64.b64encode(EXAMPLE.read_bytes()).decode()
+    body = json.dumps({"prompt": QUESTION, "images": [picture]})
+    print(
+        f"\ntry it:\ncurl --cacert {Path(arguments.certfile).absolute()} {url}/v1/completions"
+        f" -H 'Content-Type: application/json' -H 'X-API-Key: {secret}' -d '{body}'\n",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What a client did wrong, each with its HTTP status, and what is wrong with the set-up.
+
+Knows nothing of HTTP replies: `server` is the one place that renders these.
+"""
+
+
+class RequestError(Exception):
+    """The request cannot be answered; `message` says what was wrong, what was given and what is allowed.
+
+    `param` names the field of the body, `headers` are sent with the reply.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, param: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.message, self.param, self.headers = message, param, headers or {}
+
+
+class Unauthorized(RequestError):
+    status, type = 401, "authentication_error"
+
+
+class Forbidden(RequestError):
+    status, type = 403, "permission_error"
+
+
+class NotFound(RequestError):
+    status, type = 404, "not_found_error"
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+
+
+class SlowBody(RequestError):
+    status = 408
+
+
+class LengthRequired(RequestError):
+    status = 411
+
+
+class TooLarge(RequestError):
+    status = 413
+
+
+class UnsupportedType(RequestError):
+    status = 415
+
+
+class RateLimited(RequestError):
+    status, type = 429, "rate_limit_error"
+
+
+class Unavailable(RequestError):
+    status, type = 503, "service_unavailable_error"
+
+
+class SetupError(Exception):
+    """The program cannot start or go on as it was asked to: one line for a person, exit status 1."""

@@ -1,0 +1,155 @@
+"""Image bytes → HD crops, as Phi-3-vision's own preprocessor makes them (numpy and Pillow only).
+
+Knows nothing of tokens' text or of the model. Every limit is checked on the header, before decoding.
+"""
+
+import io
+import math
+import os
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import RequestError
+
+SIDE = 336  # pixels of a crop's side, CLIP ViT-L/14-336
+TOKENS = 144  # a crop's tokens: 24 × 24 patches, merged 2 × 2
+ROW = 12  # tokens of a crop's row; every row of the assembled picture ends with a separator
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # SVG and EPS run programs, the rest nobody sends
+MAX_SIDE = 16_384  # pixels
+MAX_ASPECT = 50  # beyond it a picture is a line after the HD transform
+MAX_PIXELS = 16_000_000  # decoded at 3 bytes: 48 MB
+MAX_JPEG_PIXELS = 64_000_000  # phones make 48-megapixel JPEGs, which libjpeg scales down while decoding
+DECODES = threading.Semaphore(2)  # two decodes at once bound the memory that pictures take before the queue
+# OpenAI's CLIP statistics, RGB, the same in every Phi-3-vision preprocessor_config.json
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """`pixels` (1 + rows·columns, 3, 336, 336) float32, the global view first; `grid` is (rows, columns)."""
+
+    pixels: np.ndarray
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return token_count(*self.grid)
+
+
+def token_count(rows: int, columns: int) -> int:
+    """The image slots of a grid: its crops and the global one, a separator per row, one between both."""
+    return (rows * columns + 1) * TOKENS + 1 + (rows + 1) * ROW
+
+
+def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
+    """The size a picture is resized to before padding, at most `num_crops` crops of 336×336 (Phi-3-V, HD_transform)."""
+    if width < height:
+        new_height, new_width = hd_size(height, width, num_crops)
+        return new_width, new_height
+    ratio = width / height
+    scale = 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    # In this order: width·336·scale/height rounds to another row now and then.
+    size = scale * SIDE, int(scale * SIDE / ratio)
+    if size[1] == 0:
+        raise RequestError(f"a picture of {width}×{height} pixels is too narrow: nothing is left of it in {size[0]}")
+    return size
+
+
+def load(source) -> Image.Image:
+    """An upright RGB picture on white from bytes, a path, a PIL image; raises RequestError or, for a path, OSError."""
+    if isinstance(source, Image.Image):
+        _check_size(*source.size, MAX_JPEG_PIXELS)
+        return _to_rgb(source)
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            source = file.read()
+    if not isinstance(source, bytes | bytearray | memoryview):
+        raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
+    try:
+        with Image.open(io.BytesIO(source), formats=FORMATS) as image:
+            is_jpeg = image.format == "JPEG"
+            _check_size(*image.size, MAX_JPEG_PIXELS if is_jpeg else MAX_PIXELS)
+            if is_jpeg and math.prod(image.size) > MAX_PIXELS:
+                image.draft("RGB", (image.width // 2, image.height // 2))  # changes pixels, so only when it must
+            with DECODES:
+                return _to_rgb(image)
+    except RequestError:
+        raise
+    except UnidentifiedImageError:
+        raise RequestError(_unknown_format(bytes(source[:16]))) from None
+    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to; its words may leak addresses
+        raise RequestError("the picture cannot be decoded: it is damaged or cut off") from error
+
+
+def process(image: Image.Image, num_crops: int) -> Crops:
+    """The HD transform: resize to fill the grid, pad with white, cut into crops, and a bicubic global view."""
+    tall = image.width < image.height
+    if tall:  # the reference works on the transposed picture, and Pillow's two passes do not commute
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    width, height = hd_size(*image.size, num_crops)
+    canvas = Image.new("RGB", (width, math.ceil(height / SIDE) * SIDE), (255, 255, 255))
+    canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), (0, (canvas.height - height) // 2))
+    if tall:
+        canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
+    pixels = (np.asarray(canvas, np.float32) / 255 - MEAN) / STD
+    pixels = pixels.transpose(2, 0, 1)  # (3, H, W)
+    rows, columns = canvas.height // SIDE, canvas.width // SIDE
+    tiles = pixels.reshape(3, rows, SIDE, columns, SIDE).transpose(1, 3, 0, 2, 4).reshape(-1, 3, SIDE, SIDE)
+    return Crops(np.concatenate([_global_view(pixels)[None], tiles]), (rows, columns))
+
+
+def _global_view(pixels: np.ndarray) -> np.ndarray:
+    """(3, H, W) → (3, 336, 336), torch's interpolate(mode='bicubic', align_corners=False): not antialiased."""
+    for axis in (2, 1):
+        taps, weights = _bicubic(pixels.shape[axis])
+        shape = [1, 1, 1, 1]
+        shape[axis : axis + 2] = weights.shape
+        pixels = (pixels.take(taps, axis) * weights.reshape(shape)).sum(axis + 1)
+    return pixels.astype(np.float32)
+
+
+def _bicubic(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The four source indices and weights of each of 336 outputs: Keys' kernel with a = −0.75, as torch has it."""
+    a = -0.75
+    source = (np.arange(SIDE) + 0.5) * (size / SIDE) - 0.5
+    first = np.floor(source)
+    t = source - first
+    distance = np.stack([t + 1, t, 1 - t, 2 - t], 1)
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    weights = np.where(distance <= 1, near, far).astype(np.float32)
+    taps = first[:, None].astype(int) + np.arange(-1, 3)
+    return taps.clip(0, size - 1), weights
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.seek(0)  # the first frame of an animation
+    image = ImageOps.exif_transpose(image)  # a phone's photo lies on its side until its orientation is applied
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    if not (1 <= min(width, height) and max(width, height) <= MAX_SIDE):
+        raise RequestError(f"a picture's sides may have 1 to {MAX_SIDE} pixels, not {width}×{height}")
+    if width * height > most:
+        raise RequestError(f"the picture has {width * height / 1e6:.0f} megapixels, at most {most / 1e6:.0f} may be")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise RequestError(f"a picture may be {MAX_ASPECT} times as long as wide, not {width}×{height}")
+
+
+def _unknown_format(head: bytes) -> str:
+    if head[4:8] == b"ftyp":
+        return "HEIC and AVIF pictures are not read: send JPEG or PNG (an iPhone does with 'Most Compatible')"
+    return f"the picture is none of {', '.join(FORMATS)}"

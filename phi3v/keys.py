@@ -1,0 +1,280 @@
+"""API keys in sqlite: create, list, update, delete, verify, the exact rate window, usage.
+
+Knows nothing of HTTP or of the model. Two files: `keys.db` is durable and all there is to back up;
+`keys.db-window` holds the last minute of requests, may be deleted at any time, and is written
+without waiting for the disk (a durable commit per request would cap the server at some 200 checks/s).
+"""
+
+import hashlib
+import logging
+import math
+import os
+import secrets
+import sqlite3
+import string
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from .errors import Forbidden, RateLimited, SetupError, Unavailable
+
+VERSION = 1  # PRAGMA user_version of keys.db
+WINDOW = 60_000_000  # microseconds: limits are per minute, as documented
+BUSY_TIMEOUT = 10  # seconds another process may hold the database before we give up
+MAX_RATE_LIMIT = 1_000_000  # requests per minute: far above what one process answers
+MAX_NAME = 100  # characters: a name is for a table in a terminal
+BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+PREFIX = "phi3v_"
+
+SCHEMA = f"""
+CREATE TABLE keys (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, prefix TEXT NOT NULL, hash BLOB NOT NULL UNIQUE,
+    rate_limit INTEGER NOT NULL, created REAL NOT NULL, expires REAL, last_used REAL,
+    requests INTEGER NOT NULL DEFAULT 0,
+    prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0
+) STRICT;
+PRAGMA user_version = {VERSION};
+"""
+WINDOW_SCHEMA = """
+CREATE TABLE IF NOT EXISTS hits (key TEXT NOT NULL, at INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS hits_by_key ON hits (key, at);
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as it may be shown: times are seconds since the epoch, `prefix` its first characters."""
+
+    id: str
+    name: str
+    prefix: str
+    rate_limit: int
+    created: float
+    expires: float | None
+    last_used: float | None
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What is left of a key's minute: `reset` is in whole seconds, until the oldest request no longer counts."""
+
+    limit: int
+    remaining: int
+    reset: int
+
+    def headers(self) -> dict[str, str]:
+        return {f"X-RateLimit-{name.capitalize()}": str(value) for name, value in vars(self).items()}
+
+
+log = logging.getLogger("phi3v")
+
+COLUMNS = ", ".join(f.name for f in fields(Key))
+
+
+class KeyStore:
+    """The keys in the file `path`, which is created when `create` is true and it is not there.
+
+    Safe from any thread and with other processes on the same files. `clock` returns seconds since the epoch.
+    """
+
+    def __init__(self, path: str | os.PathLike, create: bool = True, clock: Callable[[], float] = time.time):
+        self.path = Path(path).absolute()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.created = create and not self.path.exists()
+        if self.created:
+            _create(self.path)
+        elif not self.path.exists():
+            raise SetupError(f"{self.path} does not exist; make a first key: phi3v create --name NAME")
+        self._db = _open(self.path)
+        self._window = _open_window(self.path.with_name(self.path.name + "-window"))
+
+    def close(self) -> None:
+        self._db.close()
+        self._window.close()
+
+    def create(self, name: str, rate_limit: int = 100, expires: float | None = None) -> tuple[Key, str]:
+        """A new key and its secret, which is not stored and cannot be shown again."""
+        _check(name, rate_limit)
+        secret = _new_secret()
+        key_id = secrets.token_hex(4)
+        row = (key_id, name, secret[:10], _digest(secret), rate_limit, self._clock(), expires)
+        with self._transaction(self._db):
+            self._db.execute(
+                "INSERT INTO keys (id, name, prefix, hash, rate_limit, created, expires) VALUES (?,?,?,?,?,?,?)", row
+            )
+        return self.find(key_id), secret
+
+    def list(self) -> list[Key]:
+        return [Key(*row) for row in self._rows(f"SELECT {COLUMNS} FROM keys ORDER BY created, id")]
+
+    def find(self, reference: str) -> Key:
+        """The key with this secret or id."""
+        column, value = ("hash", _digest(reference)) if reference.startswith(PREFIX) else ("id", reference)
+        rows = self._rows(f"SELECT {COLUMNS} FROM keys WHERE {column} = ?", value)
+        if not rows:
+            shown = reference[:10] + "…" if reference.startswith(PREFIX) else reference  # never echo a secret
+            raise SetupError(f"no key {shown!r} in {self.path}; `phi3v list` shows the ids")
+        return Key(*rows[0])
+
+    def update(self, reference: str, **changes: str | int | float | None) -> Key:
+        """Set any of name, rate_limit, expires; in force at once, also in a running server."""
+        key = self.find(reference)
+        _check(changes.get("name", key.name), changes.get("rate_limit", key.rate_limit))
+        for column in changes.keys() - {"name", "rate_limit", "expires"}:
+            raise TypeError(f"update() cannot change {column!r}")
+        with self._transaction(self._db):
+            for column, value in changes.items():
+                self._db.execute(f"UPDATE keys SET {column} = ? WHERE id = ?", (value, key.id))
+        return self.find(key.id)
+
+    def delete(self, reference: str) -> Key:
+        key = self.find(reference)
+        with self._transaction(self._db):
+            self._db.execute("DELETE FROM keys WHERE id = ?", (key.id,))
+        return key
+
+    def verify(self, secret: str) -> Key:
+        """The live key with this secret, or Forbidden; unknown and expired take the same path and the same time."""
+        rows = self._rows(f"SELECT {COLUMNS} FROM keys WHERE hash = ?", _digest(secret))
+        key = Key(*rows[0]) if rows else None
+        if key is None or (key.expires is not None and key.expires <= self._clock()):
+            raise Forbidden("the API key is unknown, expired or deleted; `phi3v list` shows the keys there are")
+        return key
+
+    def take(self, key: Key) -> Allowance:
+        """Count one request, or raise RateLimited: at most `rate_limit` are accepted in any 60 seconds.
+
+        Exact between processes: the whole check is one write transaction, and the time is read inside it.
+        """
+        with self._transaction(self._window):
+            now = int(self._clock() * 1e6)
+            sql = self._window.execute
+            sql("DELETE FROM hits WHERE at <= ?", (now - WINDOW,))
+            # After the clock was set back, later hits would lock the key out until it catches up.
+            sql("UPDATE hits SET at = ? WHERE at > ?", (now, now))
+            count = sql("SELECT count(*) FROM hits WHERE key = ?", (key.id,)).fetchone()[0]
+            accepted = count < key.rate_limit
+            if accepted:
+                sql("INSERT INTO hits VALUES (?, ?)", (key.id, now))
+            # The hit whose end makes room: the oldest one, or a later one if the limit was lowered meanwhile.
+            skip = max(count - key.rate_limit, 0)
+            oldest = sql("SELECT at FROM hits WHERE key = ? ORDER BY at LIMIT 1 OFFSET ?", (key.id, skip)).fetchone()
+        reset = max(1, math.ceil((oldest[0] + WINDOW - now) / 1e6))
+        if accepted:
+            return Allowance(key.rate_limit, key.rate_limit - count - 1, reset)
+        headers = {"Retry-After": str(reset)} | Allowance(key.rate_limit, 0, reset).headers()
+        raise RateLimited(
+            f"this key's {key.rate_limit} requests per minute are used up; try again in {reset} s", headers=headers
+        )
+
+    def record(self, key: Key, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        """Add one request and its tokens to the key's usage."""
+        with self._transaction(self._db):
+            self._db.execute(
+                "UPDATE keys SET last_used = ?, requests = requests + 1, prompt_tokens = prompt_tokens + ?,"
+                " completion_tokens = completion_tokens + ? WHERE id = ?",
+                (self._clock(), prompt_tokens, completion_tokens, key.id),
+            )
+
+    def _rows(self, sql: str, *values) -> Sequence[tuple]:
+        with self._lock, _available(self.path):
+            return self._db.execute(sql, values).fetchall()
+
+    @contextmanager
+    def _transaction(self, db: sqlite3.Connection) -> Iterator[None]:
+        """A write transaction that has the file to itself from its first statement on."""
+        with self._lock, _available(self.path):
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+
+@contextmanager
+def _available(path: Path) -> Iterator[None]:
+    """A database that is locked, damaged or unwritable lets nobody in, and the next try may find it mended."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        log.error("%s cannot be used now: %s", path, error)
+        raise Unavailable("the key database cannot be used now", headers={"Retry-After": "5"}) from error
+
+
+def _new_secret() -> str:
+    """phi3v_ + 30 random base62 characters (178 bits) + CRC32 of them in 6, so that scanners can tell a real key."""
+    body = "".join(secrets.choice(BASE62) for _ in range(30))
+    crc, check = zlib.crc32(body.encode()), ""
+    for _ in range(6):
+        crc, digit = divmod(crc, 62)
+        check = BASE62[digit] + check
+    return PREFIX + body + check
+
+
+def _digest(secret: str) -> bytes:
+    # A plain hash is enough: 178 random bits cannot be guessed, so there is nothing for a slow hash to slow down.
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _check(name: str, rate_limit: int) -> None:
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        raise SetupError(f"a key's name has 1 to {MAX_NAME} printable characters, not {name[:120]!r}")
+    if not 1 <= rate_limit <= MAX_RATE_LIMIT:
+        raise SetupError(f"a rate limit is 1 to {MAX_RATE_LIMIT:,} requests per minute, not {rate_limit}")
+
+
+def _create(path: Path) -> None:
+    """Make the database complete under a temporary name, then give it its own: nobody sees a half-made one."""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # mode 0600 under any umask
+    except OSError as error:
+        raise SetupError(f"cannot create {path}: {error.strerror}") from None
+    os.close(handle)
+    try:
+        db = sqlite3.connect(temporary)
+        db.executescript(SCHEMA)
+        db.close()
+        os.link(temporary, path)  # unlike a rename, fails when another process was first
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(temporary)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        raise SetupError(
+            f"{path} cannot be read ({error}); restore it from a backup, or move it away and create new keys"
+        ) from None
+    if version > VERSION:
+        raise SetupError(f"{path} has version {version}, this phi3v knows up to {VERSION}; use the newer phi3v")
+    if version == 0:
+        raise SetupError(f"{path} is empty or not phi3v's; restore a backup, or move it away and create new keys")
+    return db
+
+
+def _open_window(path: Path) -> sqlite3.Connection:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        os.chmod(path, 0o600)
+        db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        # A killed process loses nothing without the syncs (the system holds the pages), only a power cut does.
+        db.executescript(f"PRAGMA journal_mode = PERSIST; PRAGMA synchronous = OFF; {WINDOW_SCHEMA}")
+    except (OSError, sqlite3.DatabaseError) as error:
+        raise SetupError(f"{path} cannot be used ({error}); delete it: it holds only the last minute") from None
+    return db

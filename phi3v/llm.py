@@ -1,0 +1,195 @@
+"""Text and pictures in, text out: where embedded use enters, and all that the server knows of the model.
+
+Knows nothing of HTTP or JSON. Pictures are decoded and tokens become text on the caller's thread, so that the
+engine's only steps.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from . import images, model
+from .engine import Engine, Generation, Prompt
+from .errors import RequestError, SetupError
+from .request import DEFAULT_MAX_TOKENS, Delta, Request, SamplingParams, image_bytes
+from .tokenizer import Decoder, Tokenizer
+
+DEMO = Path(__file__).parent / "demo"
+
+log = logging.getLogger("phi3v")
+
+
+class LLM:
+    """A model that answers; safe from any thread. `name` is "demo", a checkpoint folder or a hub id.
+
+    Returns at once while the engine loads; `wait` waits for it. Raises SetupError for what is no checkpoint.
+    """
+
+    def __init__(self, name: str = "demo"):
+        folder = _find(name)
+        self.checkpoint = _checkpoint_name(name, folder)
+        self.config = model.Config.read(folder)
+        self.tokenizer = Tokenizer(folder)
+        self._num_crops, ends = _folder_defaults(folder)
+        self._end_ids = self.tokenizer.end_ids | ends
+        self._engine = Engine(partial(model.load, folder, self.config))
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def status(self) -> str:
+        """One of "loading", "ok", "draining", "failed"."""
+        return self._engine.status
+
+    def wait(self) -> None:
+        """Return when the model is loaded; raise SetupError when it cannot be."""
+        self._engine.wait()
+
+    def generate(self, prompt: str | list[str], images: list | None = None, **params) -> str | list[str]:
+        """The whole answer, or a list of them for a list of prompts, which run as one batch.
+
+        `images` holds paths, bytes, PIL images or data: URLs; for a list of prompts one such list for each.
+        `params` are the fields of SamplingParams. Raises RequestError for what cannot be answered.
+        """
+        texts = [""] * (1 if isinstance(prompt, str) else len(prompt))
+        with self.stream(prompt, images, **params) as deltas:
+            for delta in deltas:
+                texts[delta.index] += delta.text
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(self, prompt: str | list[str], images: list | None = None, **params) -> "Deltas":
+        """The answer as it is made. The arguments are those of `generate`; all errors of theirs are raised here."""
+        several = not isinstance(prompt, str)
+        prompts = list(prompt) if several else [prompt]
+        pictures = list(images or []) if several else [list(images or [])]
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise TypeError("prompt must be a string or a list of at least one")
+        if len(pictures) not in (0, len(prompts)):
+            raise TypeError(f"images must hold {len(prompts)} lists, one for each prompt, not {len(pictures)}")
+        request = Request(prompts, pictures or [[]] * len(prompts), SamplingParams(**params))
+        return self.answer(request)
+
+    def answer(self, request: Request) -> "Deltas":
+        """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them."""
+        prompts = []
+        for i, (text, sources) in enumerate(zip(request.prompts, request.images, strict=True)):
+            where = f"images[{i}]" if len(request.prompts) > 1 else "images"
+            crops = [self._crops(source, request.params, f"{where}[{k}]") for k, source in enumerate(sources)]
+            ids = self.tokenizer.encode(self.tokenizer.prompt(text, len(crops)), [c.tokens for c in crops])
+            prompts.append(Prompt(ids, crops, self._room(len(ids), request.params.max_tokens), self._end_ids))
+        return Deltas(self._engine.submit(prompts), prompts, [self.tokenizer.decoder() for _ in prompts])
+
+    def close(self) -> None:
+        """Free the model; requests that still run fail."""
+        self._engine.close()
+
+    def _crops(self, source, params: SamplingParams, param: str) -> images.Crops:
+        try:
+            picture = images.load(image_bytes(source) if _is_data_url(source) else source)
+            return images.process(picture, params.num_crops or self._num_crops)
+        except RequestError as error:
+            raise RequestError(f"{param}: {error.message}", param) from error.__cause__
+
+    def _room(self, prompt_tokens: int, asked: int | None) -> int:
+        """The tokens an answer may have: what was asked, which must fit, or the default, cut to what fits."""
+        context = self.config.max_position_embeddings
+        room = context - prompt_tokens
+        if room < 1:
+            raise RequestError(f"the prompt has {prompt_tokens} tokens, the context {context}: shorten it", "prompt")
+        if asked is not None and asked > room:
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}: more than the context of {context}",
+                "max_tokens",
+            )
+        return min(DEFAULT_MAX_TOKENS, room) if asked is None else asked
+
+
+class Deltas:
+    """The pieces of a request's answers as they come: an iterator, and a context manager that cancels on leaving."""
+
+    def __init__(self, generation: Generation, prompts: list[Prompt], decoders: list[Decoder]):
+        self._generation, self._prompts, self._decoders = generation, prompts, decoders
+        self._made = [0] * len(prompts)
+        self._pieces = self._iterate()
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self._pieces
+
+    def __next__(self) -> Delta:
+        return next(self._pieces)
+
+    def __enter__(self) -> "Deltas":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._generation.cancel()
+
+    def _iterate(self) -> Iterator[Delta]:
+        for index, token, reason in self._generation:
+            decoder = self._decoders[index]
+            text = ""
+            if token is not None:
+                self._made[index] += 1
+                text = decoder.push(token)
+            if reason:
+                text += decoder.finish()
+                yield Delta(index, text, reason, len(self._prompts[index].ids), self._made[index])
+            elif text:
+                yield Delta(index, text)
+
+
+def _find(name: str) -> Path:
+    """The folder of a checkpoint: the embedded one, a folder, or what the hub's cache on this machine holds."""
+    if name == "demo":
+        return DEMO
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise SetupError(f"{name} is a file; a model is a folder with config.json and .safetensors files")
+    if name.count("/") != 1 or name[0] in "./~":
+        raise SetupError(f"there is no folder {name}; try --model demo, the embedded model")
+    from mlx_lm.utils import hf_repo_to_path  # 2 s to import, and only this path needs it
+
+    try:
+        return hf_repo_to_path(name)
+    except Exception as error:  # huggingface_hub's errors differ from version to version
+        log.debug("hub id %r was not found in the cache: %s", name, error)
+        raise SetupError(
+            f"{name} is neither a folder nor in this machine's Hugging Face cache: fetch it with"
+            f" `hf download {name}`, or try --model demo, which needs no download"
+        ) from None
+
+
+def _checkpoint_name(name: str, folder: Path) -> str:
+    """What `system_fingerprint` says: demo-VERSION, the folder's name, or hub id and revision."""
+    if folder == DEMO:
+        from . import __version__
+
+        return f"demo-{__version__}"
+    return f"{name}@{folder.name[:12]}" if folder.parent.name == "snapshots" else folder.resolve().name
+
+
+def _folder_defaults(folder: Path) -> tuple[int, frozenset[int]]:
+    """`num_crops` of preprocessor_config.json, and the end ids that generation_config.json adds, if any."""
+    found = []
+    for name in ("preprocessor_config.json", "generation_config.json"):
+        path = folder / name
+        try:
+            found.append(json.loads(path.read_bytes()) if path.exists() else {})
+        except (OSError, ValueError):
+            raise SetupError(f"{path} is not JSON") from None
+    crops, ends = found[0].get("num_crops", 4), found[1].get("eos_token_id") or []
+    ends = frozenset([ends] if isinstance(ends, int) else ends)
+    SamplingParams(num_crops=crops)
+    return crops, ends
+
+
+def _is_data_url(source) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"

@@ -1,0 +1,265 @@
+"""A checkpoint folder → the model: configuration, weights, quantisation, text and picture embedding.
+
+Reads JSON and safetensors only, never code from the folder; knows nothing of requests or of threads.
+"""
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .errors import SetupError
+from .images import Crops
+from .language import KVCache, LanguageModel
+from .vision import VisionModel
+
+PREFILL_CHUNK = 1024  # tokens of a prompt per pass: bounds the memory that long prompts take
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
+DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+DTYPE_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8}
+PATCH_WEIGHT = "model.vision_embed_tokens.img_processor.vision_model.embeddings.patch_embedding.weight"
+# Tensors that checkpoints carry and nothing reads: buffers of old transformers, a fine-tuning's leftovers, the top
+# of CLIP's tower, whose output Phi-3-V does not take.
+UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encoder\.layers\.\d+\.|inv_freq$")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """`img_processor`; what it leaves out is CLIP ViT-L/14-336, as Microsoft's code has it built in."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-5
+    layer_idx: int = -2  # of the hidden states, the embeddings being the first: −2 is the last layer's input
+
+    @property
+    def layers_used(self) -> int:
+        return self.layer_idx % (self.num_hidden_layers + 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """config.json, `model_type` phi3_v; the names are the file's, the factors those of `rope_scaling`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    short_factor: list[float]
+    long_factor: list[float]
+    vision: VisionConfig
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence of this total length takes the long factors (Phi-3.5's and transformers' rule)."""
+        return length > self.original_max_position_embeddings
+
+    @classmethod
+    def read(cls, folder: Path) -> "Config":
+        path = Path(folder) / "config.json"
+        try:
+            raw = json.loads(path.read_bytes())
+            if raw.get("model_type") != "phi3_v":
+                raise SetupError(f"{path} says model_type {raw.get('model_type')!r}; phi3v runs 'phi3_v' only")
+            scaling = raw.get("rope_scaling") or {}
+            vision = {k: v for k, v in raw["img_processor"].items() if k in VisionConfig.__dataclass_fields__}
+            given = {k: raw[k] for k in cls.__dataclass_fields__ if k in raw}
+            given.setdefault("num_key_value_heads", raw["num_attention_heads"])
+            ones = [1.0] * (raw["hidden_size"] // raw["num_attention_heads"] // 2)
+            factors = {k: scaling.get(k, ones) for k in ("short_factor", "long_factor")}
+            config = cls(**given, **factors, vision=VisionConfig(**vision))
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not JSON"
+            raise SetupError(f"{folder} is no checkpoint folder: cannot read {path.name}: {reason}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SetupError(f"{path} is not a Phi-3-vision configuration: {error}") from None
+        config._check(path, scaling.get("type") or scaling.get("rope_type") or "none", raw)
+        return config
+
+    def _check(self, path: Path, rope_type: str, raw: dict) -> None:
+        supported = {
+            "rope_scaling type": (rope_type, ("su", "longrope", "none")),
+            "hidden_act": (raw.get("hidden_act", "silu"), ("silu",)),
+            "tie_word_embeddings": (raw.get("tie_word_embeddings", False), (False,)),
+            "img_processor type_feature": (raw["img_processor"].get("type_feature", "patch"), ("patch",)),
+            "length of short_factor": (len(self.short_factor), (self.head_dim // 2,)),
+            "length of long_factor": (len(self.long_factor), (self.head_dim // 2,)),
+        }
+        for name, (value, allowed) in supported.items():
+            if value not in allowed:
+                raise SetupError(f"{path}: {name} is {value!r}, phi3v knows {', '.join(map(repr, allowed))}")
+
+
+class Phi3V(nn.Module):
+    """Phi-3-vision: `model` and `lm_head` are the checkpoint's names."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self._config = config
+        self.model = LanguageModel(config)
+        self.model.vision_embed_tokens = VisionModel(config.vision, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    def image_features(self, crops: Crops) -> mx.array:
+        """A picture's rows as they enter the language model: (crops.tokens, hidden_size)."""
+        return self.model.vision_embed_tokens(mx.array(crops.pixels), crops.grid)
+
+    def embed(self, ids: list[int], features: list[mx.array]) -> mx.array:
+        """(1, n, hidden): the embedding of each id, and for −k the rows of picture k in turn, again from its first."""
+        text = self.model.embed_tokens(mx.array([max(i, 0) for i in ids]))
+        if not features:
+            return text[None]
+        ids, rows = np.array(ids), np.arange(len(ids))
+        start = len(ids)
+        for k, picture in enumerate(features, 1):
+            slots = np.flatnonzero(ids == -k)
+            rows[slots] = start + np.arange(len(slots)) % len(picture)
+            start += len(picture)
+        return mx.concatenate([text, *features])[mx.array(rows)][None]
+
+    def prefill(self, embeddings: mx.array, cache: KVCache) -> mx.array:
+        """Read a whole prompt (1, n, hidden) into an empty cache; returns the last token's logits (1, vocab)."""
+        n = embeddings.shape[1]
+        long = self.config.is_long(n)  # of the whole prompt: chunks must agree with each other
+        for start in range(0, n, PREFILL_CHUNK):
+            hidden = self.model(embeddings[:, start : start + PREFILL_CHUNK], cache, long)
+            mx.eval(cache.arrays())
+        return self.logits(hidden[:, -1])
+
+    def decode(self, tokens: list[int], cache: KVCache, long: bool) -> mx.array:
+        """One more token for each row of the cache; returns (rows, vocab) logits."""
+        embeddings = self.model.embed_tokens(mx.array(tokens)[:, None])
+        return self.logits(self.model(embeddings, cache, long)[:, -1])
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return self.lm_head(hidden).astype(mx.float32)
+
+
+def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = None) -> Phi3V:
+    """The model in a folder, evaluated; call it on the thread that will run it.
+
+    `dtype` None is float32 on a CPU, where shorter floats are slow, and the file's own on a GPU.
+    """
+    model = Phi3V(config or Config.read(folder))
+    paths = _weight_files(Path(folder))
+    tensors = [_check_safetensors(path) for path in paths]
+    names = {name: path for path, header in zip(paths, tensors, strict=True) for name in header}
+    if dtype is None and mx.default_device() == mx.Device(mx.cpu):
+        dtype = mx.float32
+    _quantize(model, {name: info["shape"] for header in tensors for name, info in header.items()}, folder)
+    wanted = dict(nn.utils.tree_flatten(model.parameters()))
+    _check_names(wanted, names, folder)
+    weights = {}
+    for path in paths:
+        for name, array in mx.load(str(path)).items():
+            if name in wanted:
+                weights[name] = _convert(name, array, wanted[name].shape, dtype, path)
+    model.load_weights(list(weights.items()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise SetupError(f"{index} is damaged: it has no weight_map") from None
+        outside = [n for n in names if Path(n).name != n]
+        if outside:
+            raise SetupError(f"{index} names {outside[0]!r}, which is not a file of its folder")
+        missing = [n for n in names if not (folder / n).exists()]
+        if missing:
+            raise SetupError(f"{folder} lacks {len(missing)} of {len(names)} weight files, first {missing[0]}")
+        return [folder / n for n in names]
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise SetupError(f"{folder} is no checkpoint folder: it has no .safetensors file (phi3v reads no other format)")
+    return paths
+
+
+def _check_safetensors(path: Path) -> dict[str, dict]:
+    """The header of a file after checking that it is whole and points nowhere else: name → dtype, shape, offsets."""
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(MAX_HEADER, size - 8):
+                raise ValueError(f"its header of {length:,} bytes does not fit in {size:,}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, info in header.items():
+            begin, end = info["data_offsets"]
+            bits = math.prod(info["shape"]) * DTYPE_BITS[info["dtype"]]
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError(f"{name} ends at byte {8 + length + end:,} of {size:,}; the file was cut off")
+            if (end - begin) * 8 != bits:
+                raise ValueError(f"{name} has {end - begin} bytes, its shape needs {bits // 8}")
+    except OSError as error:
+        raise SetupError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        reason = error if type(error) is ValueError else "its header is damaged"
+        raise SetupError(f"{path} is not a whole safetensors file: {reason}; copy or download it again") from None
+    return header
+
+
+def _quantize(model: Phi3V, shapes: dict[str, list[int]], folder: Path) -> None:
+    """Quantise exactly the modules that have scales, each with the bits and group size its shapes tell."""
+
+    def parameters(path: str, module: nn.Module) -> dict | bool:
+        scales = shapes.get(f"{path}.scales")
+        if scales is None or not hasattr(module, "to_quantized"):
+            return False
+        if f"{path}.biases" not in shapes:
+            raise SetupError(f"{folder}: {path} is quantised without biases; phi3v reads MLX's affine mode only")
+        width = module.weight.shape[-1]
+        return {"bits": 32 * shapes[f"{path}.weight"][-1] // width, "group_size": width // scales[-1]}
+
+    if any(name.endswith(".scales") for name in shapes):
+        try:
+            nn.quantize(model, class_predicate=parameters)
+        except ValueError as error:
+            raise SetupError(f"{folder}: this quantisation is not supported by MLX: {error}") from None
+
+
+def _check_names(wanted: dict[str, mx.array], names: dict[str, Path], folder: Path) -> None:
+    missing = sorted(wanted.keys() - names.keys())
+    if missing:
+        raise SetupError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}")
+    surplus = sorted(n for n in names.keys() - wanted.keys() if not UNREAD.search(n))
+    if surplus:
+        raise SetupError(f"{folder} has {len(surplus)} tensors that Phi-3-vision has no place for, first {surplus[0]}")
+
+
+def _convert(name: str, array: mx.array, shape: tuple[int, ...], dtype: mx.Dtype | None, path: Path) -> mx.array:
+    if name == PATCH_WEIGHT and array.ndim == 4 and array.shape[-1] != shape[-1]:
+        array = array.moveaxis(1, -1)  # torch has the channels second, MLX last
+    if array.shape != shape:
+        raise SetupError(f"{path}: {name} has shape {array.shape}, config.json asks for {shape}")
+    return array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array

@@ -1,0 +1,270 @@
+"""Sockets, routes, the order of checks, errors → replies.
+
+Knows nothing of MLX or sqlite: the model and the keys are handed in. One thread per connection, which also does
+its TLS handshake, so that a silent client holds up nobody else.
+"""
+
+import json
+import logging
+import re
+import socket
+import socketserver
+import ssl
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler
+
+from . import protocol
+from .errors import (
+    LengthRequired,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    SlowBody,
+    TooLarge,
+    Unauthorized,
+    UnsupportedType,
+)
+
+TIMEOUT = 30  # seconds a client may be silent, in the handshake, in a request or between two
+MAX_DRAIN = 32 * 1024 * 1024  # bytes of a refused body that are read so that the client sees the reply
+DRAIN_SECONDS = 5  # and how long that may take
+STOP_SECONDS = 30  # how long running requests may go on after the server was told to stop
+MAX_CONTENT_LENGTH = 1024 * 1024  # as documented
+MAX_TOKENS = 1024  # as documented
+
+log = logging.getLogger("phi3v")
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """HTTPS on (host, port), bound at once and answering from `serve_forever` on.
+
+    Not http.server.HTTPServer: its server_bind asks DNS for our own name, which can take seconds. `llm` needs
+    `answer(request)`, `status` and `checkpoint`; `keys` is a KeyStore or like one.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024  # with the default of 5, a burst of connections waits for retransmissions
+
+    def __init__(self, address: tuple[str, int], context: ssl.SSLContext, llm, keys, **limits: int):
+        self.context, self.llm, self.keys = context, llm, keys
+        self.max_content_length = limits.get("max_content_length", MAX_CONTENT_LENGTH)
+        self.max_tokens = limits.get("max_tokens", MAX_TOKENS)
+        self._running, self._changed = 0, threading.Condition()
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.address_family = family
+        super().__init__(address, Handler)
+
+    def finish_request(self, request: socket.socket, client_address) -> None:
+        """Handshake and requests of one connection, on its own thread."""
+        request.settimeout(TIMEOUT)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        try:
+            if request.recv(1, socket.MSG_PEEK) not in (b"", b"\x16"):  # 0x16: a TLS handshake record
+                request.sendall(PLAIN_HTTP)
+                return
+            with self.context.wrap_socket(request, server_side=True) as tls:
+                super().finish_request(tls, client_address)
+                tls.settimeout(1)
+                tls.unwrap()  # close_notify, so that the client knows that nothing was cut off
+        except OSError as error:  # ssl.SSLError and time-outs are OSErrors too: the client's doing, not ours
+            log.debug("connection of %s ended: %s", client_address[0], error)
+
+    def handle_error(self, request, client_address) -> None:
+        log.exception("connection of %s failed", client_address[0])
+
+    def enter(self, change: int) -> None:
+        """Count a request that begins (+1) or ends (−1)."""
+        with self._changed:
+            self._running += change
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Accept nothing more and return when the running requests are answered, or after STOP_SECONDS."""
+        self.shutdown()
+        self.server_close()
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0, STOP_SECONDS)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection; http.server reads the heads, everything after that is here."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = TIMEOUT
+    wbufsize = -1  # head and body leave in one write, when handle_one_request flushes
+
+    def _dispatch(self) -> None:
+        """Answer one request and log it; every RequestError, whoever raised it, is rendered here."""
+        self.server.enter(+1)
+        self._begin()
+        try:
+            self._answer()
+        except RequestError as error:
+            body = protocol.error(error.status, error.message, error.type, error.param)
+            self._reply(error.status, body, error.headers)
+        except Exception:
+            log.exception("request %s failed", self._request_id)
+            message = f"internal error; the server's log has it under request {self._request_id}"
+            self._reply(500, protocol.error(500, message, "server_error"))
+        finally:
+            self._log()
+            self.server.enter(-1)
+
+    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
+
+    def _begin(self) -> None:
+        self._started = time.monotonic()
+        given = self.headers.get("X-Request-Id", "") if getattr(self, "headers", None) else ""
+        self._request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
+        self._status, self._key, self._facts, self._unread, self._allowance = 0, None, {}, 0, {}
+
+    def _answer(self) -> None:
+        length = self._declared_length()
+        path = self.path.partition("?")[0]
+        methods = ROUTES.get(path)
+        if methods is None:
+            raise NotFound(f"there is no {path!r:.200}; the routes are {', '.join(ROUTES)}")
+        method = "GET" if self.command == "HEAD" else self.command
+        if method not in methods:
+            allowed = ", ".join(methods)
+            raise MethodNotAllowed(f"{path} takes {allowed}, not {self.command}", headers={"Allow": allowed})
+        if length is not None and length > self.server.max_content_length:
+            raise TooLarge(f"the body has {length:,} bytes, at most {self.server.max_content_length:,} are allowed")
+        methods[method](self, length)
+
+    def health(self, length: int | None) -> None:
+        status = self.server.llm.status
+        self._reply(200 if status == "ok" else 503, {"status": status})
+
+    def completions(self, length: int | None) -> None:
+        self._key = key = self.server.keys.verify(self._secret())
+        if self.headers.get_content_type() != "application/json":
+            raise UnsupportedType("the Content-Type must be application/json")
+        if length is None:
+            raise LengthRequired("the request needs a Content-Length; chunked bodies are not taken")
+        allowance = self.server.keys.take(key)
+        self._allowance = allowance.headers()
+        try:
+            request = protocol.parse_completion(protocol.parse_json(self._read(length)), self.server.max_tokens)
+            with self.server.llm.answer(request) as deltas:
+                body = protocol.completion_response(self._watched(deltas), self.server.llm.checkpoint)
+            self._facts |= body["usage"]
+        finally:
+            self.server.keys.record(key, self._facts.get("prompt_tokens", 0), self._facts.get("completion_tokens", 0))
+        self._reply(200, body)
+
+    def _watched(self, deltas):
+        """The deltas, noting when the first one came."""
+        for delta in deltas:
+            self._facts.setdefault("first_ms", round((time.monotonic() - self._started) * 1000))
+            yield delta
+
+    def _secret(self) -> str:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        secret = self.headers.get("X-API-Key") or (token.strip() if scheme.lower() == "bearer" else "")
+        if not secret:
+            raise Unauthorized("the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY")
+        return secret
+
+    def _declared_length(self) -> int | None:
+        """Content-Length, None if there is none; anything by which two readers could differ closes the connection."""
+        given = self.headers.get_all("Content-Length", [])
+        chunked = self.headers.get("Transfer-Encoding") is not None
+        if len(given) > 1 or (given and (chunked or not re.fullmatch(r"[0-9]{1,15}", given[0]))):
+            self.close_connection = True
+            raise RequestError("Content-Length must be one decimal number, without Transfer-Encoding")
+        if chunked:
+            self.close_connection = True  # where its body ends, and the next request begins, is not known here
+        self._unread = int(given[0]) if given else 0
+        return int(given[0]) if given else None
+
+    def _read(self, length: int) -> bytes:
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
+        try:
+            raw = self.rfile.read(length)
+        except OSError:  # timed out, reset, or a broken TLS record: in the latter two nobody reads the reply
+            self.close_connection = True
+            raise SlowBody(f"the body of {length:,} bytes did not arrive in time") from None
+        self._unread -= len(raw)
+        if len(raw) < length:
+            self.close_connection = True
+            raise RequestError(f"the body ended after {len(raw):,} of {length:,} bytes")
+        return raw
+
+    def handle_expect_100(self) -> bool:
+        return True  # answered by _read, after the key and the size were checked
+
+    def _reply(self, status: int, body: dict, headers: dict[str, str] | None = None) -> None:
+        self._status = status
+        payload = protocol.render(body)
+        if self._unread:
+            self.close_connection = True  # or the rest of the body would be read as the next request
+        self._write_head(status, len(payload), headers or {})
+        try:
+            if self.command != "HEAD":
+                self.wfile.write(payload)
+            self.wfile.flush()
+            self._drain()
+        except OSError:
+            self._status, self.close_connection = 499, True  # the client went away; there is nobody to tell
+
+    def _write_head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response_only(status)
+        fixed = {"Content-Type": "application/json", "Content-Length": str(length)}
+        fixed |= {"X-Request-Id": self._request_id, "Date": self.date_time_string(), "Cache-Control": "no-store"}
+        for name, value in (fixed | self._allowance | headers).items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def _drain(self) -> None:
+        """Read what is left of a refused body: closing on unread data resets the connection, and the reply is lost."""
+        end, left = time.monotonic() + DRAIN_SECONDS, min(self._unread, MAX_DRAIN)
+        self.connection.settimeout(1)
+        try:
+            while left > 0 and time.monotonic() < end:
+                data = self.rfile.read1(min(left, 65536))
+                left -= len(data) or left
+        except OSError:
+            pass  # the client stopped sending: it has read the reply, or never will
+        self.connection.settimeout(TIMEOUT)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server's own reading of a head finds wrong, in our form."""
+        self._begin()
+        self.close_connection = True
+        self.command = self.command or ""
+        self.request_version = "HTTP/1.1"  # or nothing but the body would be sent to a client that claimed 0.9
+        self._reply(code, protocol.error(code, str(message or self.responses[code][0]), "invalid_request_error"))
+        self._log()
+
+    def _log(self) -> None:
+        line = {
+            "request": self._request_id,
+            "client": self.client_address[0],
+            "key": self._key.id if self._key else None,
+            "method": self.command,
+            "path": getattr(self, "path", "").partition("?")[0][:200],
+            "status": self._status,
+            "ms": round((time.monotonic() - self._started) * 1000),
+            **{k: v for k, v in self._facts.items() if isinstance(v, int)},
+        }
+        log.info("%s", " ".join(f"{k}={json.dumps(v) if k == 'path' else v}" for k, v in line.items() if v is not None))
+
+    def log_message(self, *_) -> None:
+        pass  # http.server's own lines would go to stderr; ours is `_log`
+
+
+ROUTES = {"/v1/completions": {"POST": Handler.completions}, "/health": {"GET": Handler.health}}
+
+PLAIN_HTTP = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    + protocol.render(protocol.error(400, "this port speaks HTTPS: use https://", "invalid_request_error"))
+)

@@ -1,0 +1,150 @@
+"""The certificate on disk and the server's TLS context.
+
+Uses the `openssl` program for what Python's ssl cannot do: make keys and certificates and read their dates.
+Key and certificate are made one after the other and each is moved into place whole; a key without a
+certificate gets one, so that a kill between the two leaves nothing to repair by hand.
+"""
+
+import calendar
+import ipaddress
+import os
+import socket
+import ssl
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from .errors import SetupError
+
+DAYS = 825  # the most that Apple's systems accept from a private issuer
+WARN_SECONDS = 30 * 86400
+ORGANIZATION = "phi3v"  # marks a certificate as ours: only such a one is ever replaced
+OPENSSL_TIMEOUT = 30  # seconds; a P-256 key takes milliseconds
+
+CONFIG = """
+[req]
+prompt = no
+distinguished_name = name
+x509_extensions = extensions
+[name]
+O = {organization}
+CN = localhost
+[extensions]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+subjectAltName = {names}
+"""
+
+
+def host_names(host: str = "localhost") -> list[str]:
+    """The names this machine is reached by: localhost, its addresses, its own name, its .local name, `host`."""
+    machine = socket.gethostname().split(".")[0].lower()
+    names = ["localhost", "127.0.0.1", "::1", socket.gethostname().lower(), machine, f"{machine}.local", host.lower()]
+    return [n for n in dict.fromkeys(names) if n and n not in ("0.0.0.0", "::", ".local")]
+
+
+def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "localhost") -> list[str]:
+    """Make the pair if there is none, renew our own expired one, leave any other alone.
+
+    Returns what a person should know, one line each. Raises SetupError when there is no usable pair.
+    """
+    cert, key = Path(certfile).absolute(), Path(keyfile).absolute()
+    if cert.exists() and not key.exists():
+        raise SetupError(f"{cert} has no key beside it: put its key at {key}, or move the certificate away")
+    notices = []
+    if not key.exists():
+        _write(key, 0o600, ["ecparam", "-name", "prime256v1", "-genkey", "-noout"])
+    if cert.exists():
+        ours, left = _inspect(cert)
+        if left > WARN_SECONDS:
+            return []
+        if not ours or left > 0:
+            state = f"ends in {max(left, 0) / 86400:.0f} days" if left > 0 else "has expired"
+            advice = f"delete {cert.name} and start again" if ours else "put a new one in its place"
+            return [f"the certificate {cert} {state}: {advice}"]
+        notices.append(f"the certificate {cert} had expired and was made anew: clients have to trust it again")
+    else:
+        notices.append(f"made the certificate {cert}, valid for {DAYS} days and {', '.join(host_names(host))}")
+    _make_certificate(cert, key, host_names(host))
+    return notices
+
+
+def server_context(certfile: str | Path, keyfile: str | Path) -> ssl.SSLContext:
+    """TLS 1.2 and 1.3, forward-secret AEAD suites only, HTTP/1.1."""
+    # Not create_default_context: that one honours SSLKEYLOGFILE, which writes the session keys to a file.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        # The empty password turns OpenSSL's prompt on the terminal into an error.
+        context.load_cert_chain(certfile, keyfile, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise SetupError(
+            f"cannot use {certfile} with {keyfile}: {reason}; both must be PEM and belong together"
+        ) from None
+    return context
+
+
+def fingerprint(certfile: str | Path) -> str:
+    """SHA-256 of the certificate, to compare by eye: AB:CD:…"""
+    return _openssl(["x509", "-in", str(certfile), "-noout", "-fingerprint", "-sha256"]).strip().split("=", 1)[1]
+
+
+def _make_certificate(cert: Path, key: Path, names: list[str]) -> None:
+    alternatives = ", ".join(("IP:" if _is_address(n) else "DNS:") + n for n in names)
+    with tempfile.NamedTemporaryFile("w", suffix=".cnf") as config:
+        # Our own -config: the system's may be missing or add extensions of its own.
+        config.write(CONFIG.format(organization=ORGANIZATION, names=alternatives))
+        config.flush()
+        request = ["req", "-new", "-x509", "-sha256", "-days", str(DAYS), "-config", config.name]
+        _write(cert, 0o644, [*request, "-key", str(key)])
+
+
+def _inspect(cert: Path) -> tuple[bool, float]:
+    """Whether we made this certificate, and the seconds until it ends."""
+    text = _openssl(["x509", "-in", str(cert), "-noout", "-subject", "-issuer", "-enddate"])
+    found = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    end = found["notAfter"].strip().removesuffix(" GMT")
+    left = calendar.timegm(time.strptime(end, "%b %d %H:%M:%S %Y")) - time.time()
+    organization = found["subject"].replace(" ", "")
+    ours = f"O={ORGANIZATION}" in organization and organization == found["issuer"].replace(" ", "")
+    return ours, left
+
+
+def _write(path: Path, mode: int, command: list[str]) -> None:
+    """Run openssl with its output in a temporary file, then move that to `path`."""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            _openssl([*command, "-out", temporary])
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise SetupError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _openssl(arguments: list[str]) -> str:
+    try:
+        done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=OPENSSL_TIMEOUT)
+    except FileNotFoundError:
+        raise SetupError("the program `openssl` is not installed; phi3v needs it for the TLS certificate") from None
+    if done.returncode:
+        detail = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise SetupError(f"openssl {arguments[0]} failed: {detail}")
+    return done.stdout
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

@@ -1,0 +1,33 @@
+"""Fixtures that several files share; the BLAS is put in place before anything imports MLX."""
+
+import phi3v
+
+phi3v.fast_blas()
+
+import pytest  # noqa: E402
+
+from phi3v import tls  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A certificate and its key, made as the first run makes them."""
+    folder = tmp_path_factory.mktemp("tls")
+    certfile, keyfile = folder / "server.crt", folder / "server.key"
+    tls.ensure_certificate(certfile, keyfile)
+    return certfile, keyfile
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self, now: float = 1_700_000_000.0):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
