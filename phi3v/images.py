@@ -46,10 +46,10 @@ def token_count(rows: int, columns: int) -> int:
 
 
 def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
-    """The size a picture is resized to before padding, at most `num_crops` crops of 336×336 (Phi-3-V, HD_transform)."""
-    if width < height:
-        new_height, new_width = hd_size(height, width, num_crops)
-        return new_width, new_height
+    """What a picture, width ≥ height, is resized to so that it fills at most `num_crops` crops once it is padded.
+
+    Source: HD_transform in Microsoft's image_processing_phi3_v.py.
+    """
     ratio = width / height
     scale = 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
@@ -81,6 +81,8 @@ def load(source) -> Image.Image:
                 return _to_rgb(image)
     except RequestError:
         raise
+    except Image.DecompressionBombError:  # over twice what Pillow itself finds safe
+        raise RequestError(f"the picture has far over {MAX_JPEG_PIXELS / 1e6:.0f} megapixels") from None
     except UnidentifiedImageError:
         raise RequestError(_unknown_format(bytes(source[:16]))) from None
     except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to; its words may leak addresses

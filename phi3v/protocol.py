@@ -56,9 +56,8 @@ def parse_completion(body: dict, max_tokens: int) -> Request:
     elif not several:
         images = [_images(images, "images")]
     elif not isinstance(images, list) or len(images) != len(prompts):
-        raise RequestError(
-            f"images must be a list of {len(prompts)} lists, one for each prompt, not {_kind(images)}", "images"
-        )
+        given = len(images) if isinstance(images, list) else _kind(images)
+        raise RequestError(f"images must be a list of {len(prompts)} lists, one for each prompt, not {given}", "images")
     else:
         images = [_images(row, f"images[{i}]") for i, row in enumerate(images)]
     check_whole("max_tokens", body.get("max_tokens"), 1, max_tokens)
@@ -110,7 +109,8 @@ def error(status: int, message: str, kind: str, param: str | None = None) -> dic
 
 
 def render(body: dict) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    # "replace": a message may repeat half a surrogate pair out of the request, which UTF-8 cannot hold.
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def _images(images, param: str) -> list[bytes]:

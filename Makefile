@@ -1,0 +1,54 @@
+# make serve · make test · make lint            (works with make 3.81)
+# make serve ARGS="--port 9000"                 further options of `phi3v serve`
+# make serve EXTRA=cuda13                       another MLX backend than the one found: cpu, cuda12, cuda13
+# make serve PYTHON=/path/to/python3.13         another Python than the one found
+
+VENV = .venv
+BIN = $(VENV)/bin
+PYTHONS = $(PYTHON) python3.13 python3.12 python3.14 python3 python
+NEED = import sys; sys.exit(sys.version_info < (3, 12, 3))
+
+serve: $(VENV)/ready
+	@exec $(BIN)/phi3v serve --first-key $(ARGS)
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@files=$$(ls phi3v/*.py | wc -l) lines=$$(cat phi3v/*.py | wc -l); \
+	echo "phi3v/: $$((files)) Python files of at most 22, $$((lines)) lines of at most 3500"; \
+	test $$files -le 22 -a $$lines -le 3500
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# Plain mlx has no backend on Linux, and two backends overwrite each other: exactly one is chosen here.
+$(VENV)/ready: pyproject.toml
+	@found=; for p in $(PYTHONS); do \
+	  if $$p -c '$(NEED)' 2>/dev/null; then found=$$p; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "phi3v needs Python 3.12.3 or newer and found none: install it from python.org," \
+	    "with 'brew install python' or 'apt install python3 python3-venv', or name it: make PYTHON=/path/to/python3"; \
+	  exit 1; \
+	fi; \
+	$$found -m venv $(VENV) || { \
+	  echo "that Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }; \
+	extra="$(EXTRA)"; \
+	if [ -z "$$extra" ] && [ "$$(uname -s)" != Darwin ]; then \
+	  case "$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')" in \
+	    12) extra=cuda12;; 1[3-9]) extra=cuda13;; *) extra=cpu;; \
+	  esac; \
+	fi; \
+	echo "installing phi3v$${extra:+ with MLX's $$extra backend} into $(VENV), once ..."; \
+	$(BIN)/python -m pip install --quiet --upgrade pip && \
+	$(BIN)/python -m pip install --editable ".$${extra:+[$$extra]}"
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	@$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+.PHONY: serve test lint clean

@@ -1,0 +1,171 @@
+"""From outside: `serve` as its own process in an empty folder, asked by curl, by the examples and by Python's ssl."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CIRCLE = ROOT / "phi3v" / "demo" / "red-circle.png"
+DOCUMENT = """curl -X POST https://localhost:{port}/v1/completions \\
+  -H "Content-Type: application/json" \\
+  -H "X-API-Key: {key}" \\
+  -k \\
+  -d '{{
+    "prompt": {prompt},
+    "max_tokens": 50
+  }}'"""
+
+
+class Running:
+    """A server as a newcomer starts it, and what it printed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        command = [sys.executable, "-m", "phi3v", "serve", "--first-key", "--port", "0"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PHI3V_")} | {"PYTHONUNBUFFERED": "1"}
+        self.stderr = open(folder / "stderr", "w+")
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=self.stderr, text=True
+        )
+        self.printed = ""
+        while not self.printed.endswith("\n\n") or "curl" not in self.printed:
+            line = self.process.stdout.readline()
+            assert line, self.printed + (folder / "stderr").read_text()
+            self.printed += line
+        self.port = int(re.search(r"https://localhost:(\d+)", self.printed)[1])
+        self.key = (re.findall(r"^phi3v_\w{36}$", self.printed, re.M) or [None])[0]
+        self.curl = re.search(r"^curl .*$", self.printed, re.M)[0]
+
+    def shell(self, command: str, **environment: str) -> str:
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=self.folder,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.stdout.close()
+        self.stderr.close()
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    running = Running(tmp_path_factory.mktemp("serve"))
+    yield running
+    assert running.stop() == 0
+    log = (running.folder / "server.log").read_text()
+    assert "Traceback" not in log and running.key not in log
+    assert "red circle" not in log and "Guten" not in log
+
+
+def test_the_printed_curl_answers_a_red_circle(server):
+    assert "-k" not in shlex.split(server.curl)
+    assert json.loads(server.shell(server.curl))["responses"] == ["A red circle."]
+
+
+@pytest.mark.parametrize(
+    "prompt, starts",
+    [('"Hello, world!"', ["Hello! I am"]), ('["Hello, world!", "Guten tag!"]', ["Hello! I am", "Guten Tag! I am"])],
+)
+def test_the_documents_curl_examples_work_unchanged(server, prompt, starts):
+    reply = json.loads(server.shell(DOCUMENT.format(port=server.port, key=server.key, prompt=prompt)))
+    assert reply["model"] == "phi-3-vision" and "T" in reply["timestamp"]
+    assert [text[: len(start)] for text, start in zip(reply["responses"], starts, strict=True)] == starts
+
+
+def test_the_examples_answer(server):
+    environment = {"PHI3V_KEY": server.key, "PHI3V_URL": f"https://localhost:{server.port}"}
+    question = "What is shown in this image?"
+    assert (
+        server.shell(f'{sys.executable} {ROOT}/examples/ask.py "{question}" {CIRCLE}', **environment)
+        == "A red circle.\n"
+    )
+    reply = server.shell(f'{ROOT}/examples/ask.sh "{question}" {CIRCLE}', **environment)
+    assert json.loads(reply)["responses"] == ["A red circle."]
+
+
+def test_the_certificate_verifies_for_every_name_of_this_machine(server):
+    context = ssl.create_default_context(cafile=server.folder / "server.crt")
+    machine = socket.gethostname().split(".")[0].lower()
+    for name in ("localhost", "127.0.0.1", "::1", machine, f"{machine}.local"):
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            with context.wrap_socket(raw, server_hostname=name) as tls:
+                assert tls.version() == "TLSv1.3"
+    with socket.create_connection(("127.0.0.1", server.port)) as raw, pytest.raises(ssl.SSLCertVerificationError):
+        context.wrap_socket(raw, server_hostname="example.org")
+    reply = server.shell(
+        f"curl -s --cacert server.crt --resolve {machine}.local:{server.port}:127.0.0.1"
+        f" https://{machine}.local:{server.port}/health"
+    )
+    assert json.loads(reply) == {"status": "ok"}
+
+
+def test_keys_made_and_deleted_beside_a_running_server_are_in_force_at_once(server):
+    phi3v = f"{sys.executable} -m phi3v"
+    key = server.shell(f"{phi3v} create --name second --rate-limit 1").strip()
+    assert status(server, key) == 200
+    assert status(server, key) == 429
+    server.shell(f"{phi3v} update --key {key} --rate-limit 2")
+    assert status(server, key) == 200
+    server.shell(f"{phi3v} delete --key {key}")
+    assert status(server, key) == 403
+    listed = json.loads(server.shell(f"{phi3v} list --json"))
+    assert [k["name"] for k in listed["keys"]] == ["first"] and server.key not in json.dumps(listed)
+
+
+def status(server: Running, key: str) -> int:
+    request = urllib.request.Request(
+        f"https://localhost:{server.port}/v1/completions",
+        data=b'{"prompt": "What is 3 + 4?"}',
+        headers={"Content-Type": "application/json", "X-API-Key": key},
+    )
+    context = ssl.create_default_context(cafile=server.folder / "server.crt")
+    try:
+        with urllib.request.urlopen(request, context=context) as reply:
+            assert json.load(reply)["responses"] == ["3 + 4 = 7."]
+            return reply.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def test_a_second_start_shows_no_key_and_keeps_the_certificate(tmp_path):
+    first = Running(tmp_path)
+    certificate = (tmp_path / "server.crt").read_bytes()
+    assert first.stop() == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "phi3v", "list"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "first" in done.stdout and first.key not in done.stdout
+    second = Running(tmp_path)
+    assert second.stop() == 0
+    assert second.key is None and "YOUR_API_KEY" in second.curl
+    assert (tmp_path / "server.crt").read_bytes() == certificate
+
+
+def test_generate_streams_the_answer_and_prints_json_when_asked(tmp_path):
+    command = [sys.executable, "-m", "phi3v", "generate", "What is shown in this image?", "--image", str(CIRCLE)]
+    plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (plain.stdout, plain.stderr, plain.returncode) == ("A red circle.\n", "", 0)
+    reply = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(reply.stdout)["responses"] == ["A red circle."]
+    assert not list(tmp_path.iterdir())  # nothing is left behind

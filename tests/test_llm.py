@@ -1,0 +1,176 @@
+"""The embedded model's answers: one question of each kind that it was made for, through the module's own door."""
+
+import base64
+import io
+import threading
+
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+import phi3v
+from phi3v.errors import RequestError, SetupError
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 160, 60), (40, 80, 220)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with phi3v.load("demo") as llm:
+        yield llm
+
+
+def drawing(*shapes: tuple, size=(336, 336)) -> Image.Image:
+    """Shapes are (kind, colour, box)."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for kind, colour, box in shapes:
+        getattr(draw, kind)(box, fill=colour)
+    return image
+
+
+def written(text: str) -> Image.Image:
+    image = Image.new("RGB", (336, 200), "white")
+    ImageDraw.Draw(image).text((60, 60), text, fill="black", font=ImageFont.load_default(64))
+    return image
+
+
+CIRCLE = drawing(("ellipse", RED, (90, 90, 240, 240)))
+TWO = drawing(("ellipse", BLUE, (20, 20, 100, 100)), ("rectangle", GREEN, (240, 240, 310, 310)))
+CHART = drawing(("rectangle", RED, (60, 200, 120, 298)), ("rectangle", BLUE, (180, 60, 240, 298)))
+ImageDraw.Draw(CHART).line((34, 30, 34, 300, 330, 300), fill=(60, 60, 60), width=3)
+
+ANSWERS = [
+    ("What is shown in this image?", [CIRCLE], "A red circle."),
+    ("How many circles are there?", [CIRCLE], "One."),
+    ("What color is the circle?", [TWO], "The circle is blue."),
+    ("Where is the square?", [TWO], "The square is at the bottom right."),
+    ("Is there a star?", [CIRCLE], "No, there is no star."),
+    ("Which bar is the tallest?", [CHART], "The blue bar is the tallest."),
+    ("What does the text say?", [written("hello")], 'It says "hello".'),
+    ("Which image has a square?", [CIRCLE, TWO], "The second image has a square."),
+    ("What is 3 + 4?", [], "3 + 4 = 7."),
+    ("What is shown in this image?", [], "I see no image. Please attach one."),
+]
+
+
+def test_each_kind_of_question_gets_its_answer_and_all_of_them_in_one_batch(llm):
+    questions, pictures, answers = zip(*ANSWERS, strict=True)
+    assert llm.generate(list(questions), images=list(pictures), max_tokens=40) == list(answers)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 480), (100, 300), (1200, 900)])
+def test_a_red_circle_is_one_at_any_size(llm, size):
+    w, h = size
+    r = min(size) // 4
+    image = drawing(("ellipse", RED, (w // 2 - r, h // 2 - r, w // 2 + r, h // 2 + r)), size=size)
+    assert llm.generate("What is shown in this image?", images=[image]) == "A red circle."
+
+
+def test_pictures_may_be_paths_bytes_objects_and_data_urls(llm, tmp_path):
+    buffer = io.BytesIO()
+    CIRCLE.save(buffer, "PNG")
+    path = tmp_path / "circle.png"
+    path.write_bytes(buffer.getvalue())
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    kinds = [path, str(path), buffer.getvalue(), url]
+    question = "What color is the circle?"
+    answers = llm.generate([question] * 4, images=[[kind] for kind in kinds])
+    assert answers == ["The circle is red."] * 4
+
+
+def test_a_stream_is_the_answer_in_pieces_with_its_counts(llm):
+    with llm.stream("Hello, world!", max_tokens=50) as deltas:
+        pieces = list(deltas)
+    assert "".join(d.text for d in pieces) == llm.generate("Hello, world!", max_tokens=50)
+    assert len(pieces) > 10 and all(d.finish_reason is None for d in pieces[:-1])
+    last = pieces[-1]
+    assert (last.finish_reason, last.prompt_tokens, last.completion_tokens) == ("stop", 12, 25)
+
+
+def test_max_tokens_cuts_the_answer_and_nothing_else(llm):
+    whole = [d.text for d in llm.stream("Hello, world!")]
+    pieces = list(llm.stream("Hello, world!", max_tokens=3))
+    assert "".join(d.text for d in pieces) == "".join(whole[:3])
+    assert (pieces[-1].finish_reason, pieces[-1].completion_tokens) == ("length", 3)
+
+
+def test_leaving_a_stream_frees_the_engine(llm):
+    with llm.stream(["Hello, world!"] * 32) as deltas:
+        next(deltas)
+    assert llm.generate("What is 3 + 4?") == "3 + 4 = 7."
+
+
+def test_threads_share_one_model(llm):
+    capitals = {"France": "Paris", "Germany": "Berlin", "Japan": "Tokyo", "Norway": "Oslo", "Kenya": "Nairobi"}
+    answers = {}
+
+    def ask(country: str) -> None:
+        answers[country] = llm.generate(f"What is the capital of {country}?")
+
+    threads = [threading.Thread(target=ask, args=(country,)) for country in capitals]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {country: f"The capital of {country} is {city}." for country, city in capitals.items()}
+
+
+def test_what_cannot_be_answered_is_refused_before_anything_runs(llm):
+    with pytest.raises(RequestError, match="max_tokens must be a whole number of at least 1, not 0"):
+        llm.stream("Hi", max_tokens=0)
+    with pytest.raises(RequestError, match="num_crops must be a whole number from 1 to 16, not 17"):
+        llm.stream("Hi", num_crops=17)
+    with pytest.raises(RequestError, match=r"images\[1\]\[0\]: the picture is none of") as caught:
+        llm.stream(["Hi", "Hi"], images=[[], [b"text"]])
+    assert caught.value.param == "images[1][0]"
+    with pytest.raises(TypeError, match="temprature"):
+        llm.stream("Hi", temprature=1)
+    with pytest.raises(TypeError, match="images must hold 2 lists"):
+        llm.stream(["Hi", "Hi"], images=[[CIRCLE]])
+    for prompt in ([], [3], None):
+        with pytest.raises(TypeError):
+            llm.stream(prompt)
+
+
+def test_a_prompt_must_leave_room_in_the_context(llm):
+    long = "x " * 2040  # 4,090 tokens of the context's 4,096
+    tokens = len(llm.tokenizer.encode(llm.tokenizer.prompt(long, 0), []))
+    assert 4080 < tokens < 4096
+    with pytest.raises(RequestError, match=f"has {tokens} tokens and max_tokens is 64") as caught:
+        llm.stream(long, max_tokens=64)
+    assert caught.value.param == "max_tokens"
+    last = list(llm.stream(long))[-1]  # the default is cut to what fits
+    assert last.completion_tokens <= 4096 - tokens
+    with pytest.raises(RequestError, match="the context 4096: shorten it"):
+        llm.stream(long + long)
+
+
+def test_the_context_fills_to_its_last_token(llm):
+    tails = ("x " * n + "y" * m for n in range(2030, 2050) for m in range(3))
+    text = next(text for text in tails if room(llm, text) == 1)
+    (last,) = llm.stream(text, max_tokens=1)
+    assert last.prompt_tokens + 1 == 4096
+
+
+def room(llm, text: str) -> int:
+    return 4096 - len(llm.tokenizer.encode(llm.tokenizer.prompt(text, 0), []))
+
+
+def test_names_that_are_no_model_are_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    for name in ("./nowhere", "nowhere", "microsoft/no-such-model", str(tmp_path / "file"), str(tmp_path)):
+        with pytest.raises(SetupError) as caught:
+            phi3v.load(name)
+        assert "\n" not in str(caught.value)
+        assert ("--model demo" in str(caught.value)) == (str(tmp_path) not in name)
+
+
+def test_the_checkpoint_is_named_after_what_was_loaded(llm, tmp_path):
+    assert llm.checkpoint == f"demo-{phi3v.__version__}"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123456789abcdef"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(phi3v.__path__[0] + "/demo")
+    with phi3v.load(str(snapshot)) as other:
+        assert other.checkpoint == f"{snapshot}@0123456789ab"

@@ -1,0 +1,169 @@
+"""Checkpoint folders that are whole, sharded, quantised, damaged, foreign or hostile."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from phi3v import model
+from phi3v.errors import SetupError
+from phi3v.language import KVCache
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the smallest checkpoint that a test may spoil."""
+    return Path(shutil.copytree(PARITY / "tiny-su", tmp_path / "tiny"))
+
+
+def logits(phi: model.Phi3V) -> np.ndarray:
+    return np.array(phi.prefill(phi.embed([1, 5, 9], []), KVCache(phi.config.num_hidden_layers)))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Save the checkpoint again after `change` edited its tensors."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    change(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(SetupError) as caught:
+        model.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message and "Traceback" not in message
+    return message
+
+
+def test_a_sharded_checkpoint_is_the_same_model(folder):
+    expected = logits(model.load(folder))
+    weights = mx.load(str(folder / "model.safetensors"))
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, keys in shards.items():
+        mx.save_safetensors(str(folder / file), {key: weights[key] for key in keys})
+    (folder / "model.safetensors").unlink()
+    weight_map = {key: file for file, keys in shards.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert np.array_equal(logits(model.load(folder)), expected)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "lacks 1 of 2 weight files" in refusal(folder)
+
+
+def test_an_index_cannot_name_files_elsewhere(folder):
+    weight_map = {"lm_head.weight": "../../etc/passwd"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "not a file of its folder" in refusal(folder)
+
+
+def test_mixed_quantisation_is_read_from_the_shapes(folder):
+    """Two bits, group sizes in one file, and a config.json that does not speak of it."""
+
+    def change(weights):
+        for name, bits, group in (("model.layers.0.mlp.down_proj", 4, 64), ("model.layers.1.mlp.down_proj", 8, 32)):
+            w, scales, biases = mx.quantize(weights[f"{name}.weight"], group_size=group, bits=bits)
+            weights |= {f"{name}.weight": w, f"{name}.scales": scales, f"{name}.biases": biases}
+
+    plain = model.load(folder)
+    rewrite(folder, change)
+    phi = model.load(folder)
+    found = [(layer.mlp.down_proj.bits, layer.mlp.down_proj.group_size) for layer in phi.model.layers]
+    assert found == [(4, 64), (8, 32)]
+    assert 0 < np.abs(logits(phi) - logits(plain)).max() < 1
+
+
+def test_what_nothing_reads_may_be_there_and_what_is_read_must(folder):
+    tower = "model.vision_embed_tokens.img_processor.vision_model"
+    rewrite(folder, lambda w: w.update({f"{tower}.embeddings.position_ids": mx.arange(577)}))
+    model.load(folder)
+    rewrite(folder, lambda w: w.update({"model.layers.0.extra.weight": mx.zeros(3)}))
+    assert "1 tensors that Phi-3-vision has no place for, first model.layers.0.extra.weight" in refusal(folder)
+    rewrite(folder, lambda w: (w.pop("model.layers.0.extra.weight"), w.pop("model.norm.weight")))
+    assert "lacks 1 of" in refusal(folder) and "model.norm.weight" in refusal(folder)
+
+
+def test_a_tensor_of_another_shape_is_told(folder):
+    edit(folder / "config.json", vocab_size=1000)
+    assert "has shape (512, 64), config.json asks for (1000, 64)" in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_a_truncated_file_is_told_before_it_is_used(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "is not a whole safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize("offsets", [[0, 10**12], [-4, 252], [8, 4], [0, 255], "x", None])
+def test_a_header_that_points_elsewhere_is_refused(folder, offsets):
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    header["model.norm.weight"]["data_offsets"] = offsets
+    changed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+    assert "is not a whole safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 8}}, "length of short_factor"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"img_processor": None}, "not a Phi-3-vision configuration"),
+        ({"num_attention_heads": "four"}, "not a Phi-3-vision configuration"),
+    ],
+)
+def test_a_configuration_of_another_model_is_told(folder, changes, message):
+    edit(folder / "config.json", **changes)
+    assert message in refusal(folder)
+
+
+def test_a_folder_that_is_no_checkpoint_is_told(tmp_path):
+    assert "is no checkpoint folder" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "is not JSON" in refusal(tmp_path)
+
+
+def test_a_folder_without_safetensors_is_told(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "no .safetensors file" in refusal(folder)
+
+
+def test_a_cpu_computes_in_float32_and_other_types_are_kept_when_asked_for():
+    phi = model.load(PARITY / "tiny-gqa")
+    assert phi.model.norm.weight.dtype == mx.float32
+    assert model.load(PARITY / "tiny-gqa", dtype=mx.bfloat16).model.norm.weight.dtype == mx.bfloat16
+
+
+def test_rows_of_a_cache_that_join_and_leave_keep_their_own_logits():
+    phi = model.load(PARITY / "tiny-gqa")
+    prompts = [[1, 7, 9, 11], [1, 300, 5], list(range(1, 300)), [1]]
+    caches = [KVCache(phi.config.num_hidden_layers) for _ in prompts]
+    for ids, cache in zip(prompts, caches, strict=True):
+        phi.prefill(phi.embed(ids, []), cache)
+    alone = [np.array(phi.prefill(phi.embed([*ids, 42], []), KVCache(3)))[0] for ids in prompts]
+    together = caches[0]
+    for other in caches[1:]:
+        together.join(other)
+    assert together.padding == [295, 296, 0, 298]
+    logits = np.array(phi.decode([42] * 4, together, False))
+    assert np.abs(logits - alone).max() < 1e-4
+    together.keep([3, 0])
+    assert together.padding == [3, 0] and together.length == 5
+    again = np.array(phi.decode([8, 8], together, False))
+    expected = [np.array(phi.prefill(phi.embed([*prompts[i], 42, 8], []), KVCache(3)))[0] for i in (3, 0)]
+    assert np.abs(again - expected).max() < 1e-4
