@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 from . import __version__, fast_blas, tls
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return arguments.run(arguments) or 0
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
     except (SetupError, RequestError) as error:
         print(f"phi3v: {error}", file=sys.stderr)
         return 1
@@ -44,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `phi3v generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a picture that is a folder
+        print(f"phi3v: {error}", file=sys.stderr)
+        return 1
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -51,14 +57,15 @@ def serve(arguments: argparse.Namespace) -> None:
     from . import open_llm
     from .server import Server
 
+    if not arguments.host:
+        raise SetupError("--host is empty: 127.0.0.1 is this machine only, 0.0.0.0 the whole network")
     _start_log(arguments)
     log = logging.getLogger("phi3v")
     for notice in tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host):
         log.warning(notice)
     context = tls.server_context(arguments.certfile, arguments.keyfile)
-    keys = KeyStore(arguments.db)
     limits = {"max_content_length": arguments.max_content_length, "max_tokens": arguments.max_tokens}
-    with open_llm(arguments.model) as llm:
+    with closing(KeyStore(arguments.db)) as keys, open_llm(arguments.model) as llm:
         try:
             server = Server((arguments.host, arguments.port), context, llm, keys, **limits)
         except (OSError, OverflowError) as error:
@@ -86,22 +93,23 @@ def _wait_for_signal() -> None:
 
 
 def create(arguments: argparse.Namespace) -> None:
-    keys = KeyStore(arguments.db)
-    if keys.created:
-        print(f"phi3v: made a new database, {keys.path}", file=sys.stderr)
-    expires = None if arguments.expires is None else time.time() + arguments.expires
-    key, secret = keys.create(arguments.name, arguments.rate_limit, expires)
+    expires = time.time() + arguments.expires if arguments.expires else None
+    with closing(KeyStore(arguments.db)) as keys:
+        if keys.created:
+            print(f"phi3v: made a new database, {keys.path}", file=sys.stderr)
+        key, secret = keys.create(arguments.name, arguments.rate_limit, expires)
     print(secret)
     print(f"phi3v: that is key {key.id} of {keys.path}, shown only this once", file=sys.stderr)
 
 
 def list_keys(arguments: argparse.Namespace) -> None:
-    keys = KeyStore(arguments.db, create=False)
+    with closing(KeyStore(arguments.db, create=False)) as keys:
+        found = keys.list()
     if arguments.json:
-        print(json.dumps({"db": str(keys.path), "keys": [vars(key) for key in keys.list()]}, indent=2))
+        print(json.dumps({"db": str(keys.path), "keys": [vars(key) for key in found]}, indent=2))
     else:
         print(keys.path)
-        print(_table(keys.list()))
+        print(_table(found))
 
 
 def update(arguments: argparse.Namespace) -> None:
@@ -111,11 +119,13 @@ def update(arguments: argparse.Namespace) -> None:
         changes["expires"] = time.time() + arguments.expires if arguments.expires else None
     if not changes:
         raise SetupError("nothing to change: give --rate-limit, --name or --expires")
-    print(_table([KeyStore(arguments.db, create=False).update(_reference(arguments.key), **changes)]))
+    with closing(KeyStore(arguments.db, create=False)) as keys:
+        print(_table([keys.update(_reference(arguments.key), **changes)]))
 
 
 def delete(arguments: argparse.Namespace) -> None:
-    key = KeyStore(arguments.db, create=False).delete(_reference(arguments.key))
+    with closing(KeyStore(arguments.db, create=False)) as keys:
+        key = keys.delete(_reference(arguments.key))
     print(f"deleted {key.id} ({key.name})")
 
 
@@ -132,7 +142,7 @@ def generate(arguments: argparse.Namespace) -> None:
         llm.wait()
         print("\x1b[K", end="", file=sys.stderr) if show else None
         params = {"max_tokens": arguments.max_tokens, "num_crops": arguments.num_crops}
-        with llm.stream(arguments.prompt, arguments.image, **params) as deltas:
+        with llm.stream(_text(os.fsencode(arguments.prompt)), arguments.image, **params) as deltas:
             if arguments.json:
                 print(json.dumps(protocol.completion_response(deltas, llm.checkpoint), ensure_ascii=False, indent=2))
                 return
@@ -190,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 def _option(parser: argparse.ArgumentParser, flag: str, **kwargs) -> None:
     """An option whose default the environment may set: --log-file reads PHI3V_LOG_FILE."""
     variable = "PHI3V_" + flag.strip("-").upper().replace("-", "_")
-    kwargs["default"] = os.environ.get(variable, kwargs["default"])
+    kwargs["default"] = os.environ.get(variable) or kwargs["default"]
     parser.add_argument(flag, **kwargs)
 
 
@@ -217,7 +227,11 @@ def _duration(text: str) -> int:
 
 def _reference(key: str) -> str:
     """What --key named; - keeps the key out of `ps` and of the shell's history."""
-    return sys.stdin.readline().strip() if key == "-" else key
+    return _text(sys.stdin.buffer.readline() if key == "-" else os.fsencode(key)).strip()
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace")  # an argument that is no UTF-8 must not be a traceback
 
 
 def _table(keys: list[Key]) -> str:
@@ -238,7 +252,10 @@ def _date(seconds: float | None) -> str:
 def _start_log(arguments: argparse.Namespace) -> None:
     """Everything to the log file, warnings to stderr as well."""
     log = logging.getLogger("phi3v")
-    log.setLevel(arguments.log_level.upper())
+    try:
+        log.setLevel(arguments.log_level.upper())
+    except ValueError as error:  # argparse checks the flag, not the variable
+        raise SetupError(f"PHI3V_LOG_LEVEL: {error}") from None
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter("phi3v: %(message)s"))

@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -43,6 +43,7 @@ PRAGMA user_version = {VERSION};
 WINDOW_SCHEMA = """
 CREATE TABLE IF NOT EXISTS hits (key TEXT NOT NULL, at INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS hits_by_key ON hits (key, at);
+CREATE INDEX IF NOT EXISTS hits_by_time ON hits (at);
 """
 
 
@@ -86,20 +87,23 @@ class KeyStore:
     """
 
     def __init__(self, path: str | os.PathLike, create: bool = True, clock: Callable[[], float] = time.time):
-        self.path = Path(path).absolute()
+        self.path = Path(path).resolve()  # a link and its target share one window
+        self._paths = self.path, self.path.with_name(self.path.name + "-window")
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock, self._connections = threading.Lock(), ExitStack()
         self.created = create and not self.path.exists()
         if self.created:
             _create(self.path)
         elif not self.path.exists():
             raise SetupError(f"{self.path} does not exist; make a first key: phi3v create --name NAME")
-        self._db = _open(self.path)
-        self._window = _open_window(self.path.with_name(self.path.name + "-window"))
+        try:
+            self._connect()
+        except SetupError:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self._db.close()
-        self._window.close()
+        self._connections.close()
 
     def create(self, name: str, rate_limit: int = 100, expires: float | None = None) -> tuple[Key, str]:
         """A new key and its secret, which is not stored and cannot be shown again."""
@@ -107,8 +111,8 @@ class KeyStore:
         secret = _new_secret()
         key_id = secrets.token_hex(4)
         row = (key_id, name, secret[:10], _digest(secret), rate_limit, self._clock(), expires)
-        with self._transaction(self._db):
-            self._db.execute(
+        with self._transaction() as db:
+            db.execute(
                 "INSERT INTO keys (id, name, prefix, hash, rate_limit, created, expires) VALUES (?,?,?,?,?,?,?)", row
             )
         return self.find(key_id), secret
@@ -121,7 +125,7 @@ class KeyStore:
         column, value = ("hash", _digest(reference)) if reference.startswith(PREFIX) else ("id", reference)
         rows = self._rows(f"SELECT {COLUMNS} FROM keys WHERE {column} = ?", value)
         if not rows:
-            shown = reference[:10] + "…" if reference.startswith(PREFIX) else reference  # never echo a secret
+            shown = reference if len(reference) <= 10 else reference[:10] + "…"  # never echo a secret, mistyped or not
             raise SetupError(f"no key {shown!r} in {self.path}; `phi3v list` shows the ids")
         return Key(*rows[0])
 
@@ -131,15 +135,15 @@ class KeyStore:
         _check(changes.get("name", key.name), changes.get("rate_limit", key.rate_limit))
         for column in changes.keys() - {"name", "rate_limit", "expires"}:
             raise TypeError(f"update() cannot change {column!r}")
-        with self._transaction(self._db):
+        with self._transaction() as db:
             for column, value in changes.items():
-                self._db.execute(f"UPDATE keys SET {column} = ? WHERE id = ?", (value, key.id))
+                db.execute(f"UPDATE keys SET {column} = ? WHERE id = ?", (value, key.id))
         return self.find(key.id)
 
     def delete(self, reference: str) -> Key:
         key = self.find(reference)
-        with self._transaction(self._db):
-            self._db.execute("DELETE FROM keys WHERE id = ?", (key.id,))
+        with self._transaction() as db:
+            db.execute("DELETE FROM keys WHERE id = ?", (key.id,))
         return key
 
     def verify(self, secret: str) -> Key:
@@ -155,9 +159,9 @@ class KeyStore:
 
         Exact between processes: the whole check is one write transaction, and the time is read inside it.
         """
-        with self._transaction(self._window):
+        with self._transaction(window=True) as db:
             now = int(self._clock() * 1e6)
-            sql = self._window.execute
+            sql = db.execute
             sql("DELETE FROM hits WHERE at <= ?", (now - WINDOW,))
             # After the clock was set back, later hits would lock the key out until it catches up.
             sql("UPDATE hits SET at = ? WHERE at > ?", (now, now))
@@ -178,39 +182,55 @@ class KeyStore:
 
     def record(self, key: Key, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
         """Add one request and its tokens to the key's usage."""
-        with self._transaction(self._db):
-            self._db.execute(
+        with self._transaction() as db:
+            db.execute(
                 "UPDATE keys SET last_used = ?, requests = requests + 1, prompt_tokens = prompt_tokens + ?,"
                 " completion_tokens = completion_tokens + ? WHERE id = ?",
                 (self._clock(), prompt_tokens, completion_tokens, key.id),
             )
 
     def _rows(self, sql: str, *values) -> Sequence[tuple]:
-        with self._lock, _available(self.path):
+        with self._available():
             return self._db.execute(sql, values).fetchall()
 
     @contextmanager
-    def _transaction(self, db: sqlite3.Connection) -> Iterator[None]:
+    def _transaction(self, window: bool = False) -> Iterator[sqlite3.Connection]:
         """A write transaction that has the file to itself from its first statement on."""
-        with self._lock, _available(self.path):
+        with self._available():
+            db = self._window if window else self._db
             db.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                yield db
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
 
+    @contextmanager
+    def _available(self) -> Iterator[None]:
+        """One thread at a time; a database that is locked, damaged or gone lets nobody in until it is mended.
 
-@contextmanager
-def _available(path: Path) -> Iterator[None]:
-    """A database that is locked, damaged or unwritable lets nobody in, and the next try may find it mended."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        log.error("%s cannot be used now: %s", path, error)
-        raise Unavailable("the key database cannot be used now", headers={"Retry-After": "5"}) from error
+        It is opened anew after an error or when another file took its place: sqlite would stay with the old one.
+        """
+        with self._lock:
+            try:
+                if self._opened != self._inodes():
+                    self._connect()
+                yield
+            except (sqlite3.Error, OSError, SetupError) as error:
+                self._opened = None
+                log.error("%s cannot be used now: %s", self.path, error)
+                raise Unavailable("the key database cannot be used now", headers={"Retry-After": "5"}) from error
+
+    def _connect(self) -> None:
+        self.close()
+        self._opened = self._inodes()  # before opening: what is replaced meanwhile is opened anew
+        self._db = _open(self.path, self._connections)
+        self._window = _open_window(self._paths[1], self._connections)
+
+    def _inodes(self) -> Sequence[int | None]:
+        return [path.stat().st_ino if path.exists() else None for path in self._paths]
 
 
 def _new_secret() -> str:
@@ -243,36 +263,43 @@ def _create(path: Path) -> None:
         raise SetupError(f"cannot create {path}: {error.strerror}") from None
     os.close(handle)
     try:
-        db = sqlite3.connect(temporary)
-        db.executescript(SCHEMA)
-        db.close()
+        with closing(sqlite3.connect(temporary)) as db:
+            db.executescript(SCHEMA)
         os.link(temporary, path)  # unlike a rename, fails when another process was first
     except FileExistsError:
         pass
+    except (OSError, sqlite3.Error) as error:
+        raise SetupError(f"cannot create {path}: {error}") from None
     finally:
         os.unlink(temporary)
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _connection(path: Path, connections: ExitStack) -> sqlite3.Connection:
+    # mode=rw: a file that is gone must not come back empty.
+    uri, options = f"{path.as_uri()}?mode=rw", {"isolation_level": None, "check_same_thread": False}
+    return connections.enter_context(closing(sqlite3.connect(uri, timeout=BUSY_TIMEOUT, uri=True, **options)))
+
+
+def _open(path: Path, connections: ExitStack) -> sqlite3.Connection:
     try:
-        db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        db = _connection(path, connections)
+        version, state = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "quick_check(1)"))
+        if version > VERSION:
+            raise SetupError(f"{path} has version {version}, this phi3v knows up to {VERSION}; use the newer phi3v")
+        if version == 0 or state != "ok":
+            raise sqlite3.DatabaseError("empty, damaged or not phi3v's")
+        db.execute(f"SELECT {COLUMNS}, hash FROM keys LIMIT 1")
     except sqlite3.DatabaseError as error:
         raise SetupError(
             f"{path} cannot be read ({error}); restore it from a backup, or move it away and create new keys"
         ) from None
-    if version > VERSION:
-        raise SetupError(f"{path} has version {version}, this phi3v knows up to {VERSION}; use the newer phi3v")
-    if version == 0:
-        raise SetupError(f"{path} is empty or not phi3v's; restore a backup, or move it away and create new keys")
     return db
 
 
-def _open_window(path: Path) -> sqlite3.Connection:
+def _open_window(path: Path, connections: ExitStack) -> sqlite3.Connection:
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        os.chmod(path, 0o600)
-        db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        path.touch(0o600)  # unlike open and close, keeps the locks that this process may have on it
+        db = _connection(path, connections)
         # A killed process loses nothing without the syncs (the system holds the pages), only a power cut does.
         db.executescript(f"PRAGMA journal_mode = PERSIST; PRAGMA synchronous = OFF; {WINDOW_SCHEMA}")
     except (OSError, sqlite3.DatabaseError) as error:

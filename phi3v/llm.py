@@ -6,6 +6,7 @@ engine's only steps.
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -153,7 +154,7 @@ def _find(name: str) -> Path:
         return folder
     if folder.exists():
         raise SetupError(f"{name} is a file; a model is a folder with config.json and .safetensors files")
-    if name.count("/") != 1 or name[0] in "./~":
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise SetupError(f"there is no folder {name}; try --model demo, the embedded model")
     from mlx_lm.utils import hf_repo_to_path  # 2 s to import, and only this path needs it
 

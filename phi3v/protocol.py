@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from .errors import RequestError
-from .request import Delta, Request, SamplingParams, check_whole, image_bytes
+from .request import DEFAULT_MAX_TOKENS, Delta, Request, SamplingParams, check_whole, image_bytes
 
 MODEL = "phi-3-vision"  # the documented name, whatever checkpoint answers
 MAX_PROMPTS = 32  # sequences of one request: more would hold the whole batch
@@ -62,6 +62,8 @@ def parse_completion(body: dict, max_tokens: int) -> Request:
         images = [_images(row, f"images[{i}]") for i, row in enumerate(images)]
     check_whole("max_tokens", body.get("max_tokens"), 1, max_tokens)
     params = {name: body[name] for name in SamplingParams.__dataclass_fields__ if name in body}
+    if params.get("max_tokens") is None and max_tokens < DEFAULT_MAX_TOKENS:
+        params["max_tokens"] = max_tokens
     return Request(prompts, images, SamplingParams(**params))
 
 

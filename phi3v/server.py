@@ -4,6 +4,7 @@ Knows nothing of MLX or sqlite: the model and the keys are handed in. One thread
 its TLS handshake, so that a silent client holds up nobody else.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -65,6 +66,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             if request.recv(1, socket.MSG_PEEK) not in (b"", b"\x16"):  # 0x16: a TLS handshake record
                 request.sendall(PLAIN_HTTP)
+                request.recv(65536)  # as in Handler._drain
                 return
             with self.context.wrap_socket(request, server_side=True) as tls:
                 super().finish_request(tls, client_address)
@@ -154,7 +156,9 @@ class Handler(BaseHTTPRequestHandler):
                 body = protocol.completion_response(self._watched(deltas), self.server.llm.checkpoint)
             self._facts |= body["usage"]
         finally:
-            self.server.keys.record(key, self._facts.get("prompt_tokens", 0), self._facts.get("completion_tokens", 0))
+            with contextlib.suppress(RequestError):  # logged by the store; the answer is not worth less for it
+                counts = (self._facts.get(name, 0) for name in ("prompt_tokens", "completion_tokens"))
+                self.server.keys.record(key, *counts)
         self._reply(200, body)
 
     def _watched(self, deltas):
@@ -165,35 +169,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def _secret(self) -> str:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        secret = self.headers.get("X-API-Key") or (token.strip() if scheme.lower() == "bearer" else "")
+        secret = (self.headers.get("X-API-Key") or (token if scheme.lower() == "bearer" else "")).strip()
         if not secret:
             raise Unauthorized("the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY")
         return secret
 
     def _declared_length(self) -> int | None:
         """Content-Length, None if there is none; anything by which two readers could differ closes the connection."""
-        given = self.headers.get_all("Content-Length", [])
+        given = [value.strip(" \t") for value in self.headers.get_all("Content-Length", [])]
         chunked = self.headers.get("Transfer-Encoding") is not None
+        if chunked or given or self.command == "POST":
+            self._unread = MAX_DRAIN  # where its body ends, and the next request begins, is not known yet
         if len(given) > 1 or (given and (chunked or not re.fullmatch(r"[0-9]{1,15}", given[0]))):
-            self.close_connection = True
             raise RequestError("Content-Length must be one decimal number, without Transfer-Encoding")
-        if chunked:
-            self.close_connection = True  # where its body ends, and the next request begins, is not known here
-        self._unread = int(given[0]) if given else 0
-        return int(given[0]) if given else None
+        if given:
+            self._unread = int(given[0])
+        return self._unread if given else None
 
     def _read(self, length: int) -> bytes:
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
         try:
+            if self.headers.get("Expect", "").lower() == "100-continue":
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.wfile.flush()
             raw = self.rfile.read(length)
         except OSError:  # timed out, reset, or a broken TLS record: in the latter two nobody reads the reply
-            self.close_connection = True
             raise SlowBody(f"the body of {length:,} bytes did not arrive in time") from None
         self._unread -= len(raw)
         if len(raw) < length:
-            self.close_connection = True
             raise RequestError(f"the body ended after {len(raw):,} of {length:,} bytes")
         return raw
 
@@ -239,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server's own reading of a head finds wrong, in our form."""
         self._begin()
-        self.close_connection = True
+        self._unread = MAX_DRAIN
         self.command = self.command or ""
         self.request_version = "HTTP/1.1"  # or nothing but the body would be sent to a client that claimed 0.9
         self._reply(code, protocol.error(code, str(message or self.responses[code][0]), "invalid_request_error"))
@@ -250,13 +252,15 @@ class Handler(BaseHTTPRequestHandler):
             "request": self._request_id,
             "client": self.client_address[0],
             "key": self._key.id if self._key else None,
-            "method": self.command,
+            "method": self.command if hasattr(self, f"do_{self.command}") else None,  # any other may hold anything
             "path": getattr(self, "path", "").partition("?")[0][:200],
             "status": self._status,
             "ms": round((time.monotonic() - self._started) * 1000),
             **{k: v for k, v in self._facts.items() if isinstance(v, int)},
         }
-        log.info("%s", " ".join(f"{k}={json.dumps(v) if k == 'path' else v}" for k, v in line.items() if v is not None))
+        text = " ".join(f"{k}={json.dumps(v) if k == 'path' else v}" for k, v in line.items() if v is not None)
+        log.info("%s", re.sub(r"phi3v_\w+", "phi3v_…", text))  # a key that was put into the path
+        self.path, self.headers = "", None  # or an unreadable next head would be answered and logged with these
 
     def log_message(self, *_) -> None:
         pass  # http.server's own lines would go to stderr; ours is `_log`

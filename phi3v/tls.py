@@ -42,7 +42,8 @@ subjectAltName = {names}
 def host_names(host: str = "localhost") -> list[str]:
     """The names this machine is reached by: localhost, its addresses, its own name, its .local name, `host`."""
     machine = socket.gethostname().split(".")[0].lower()
-    names = ["localhost", "127.0.0.1", "::1", socket.gethostname().lower(), machine, f"{machine}.local", host.lower()]
+    names = ["localhost", "127.0.0.1", "::1", socket.gethostname().lower(), machine, f"{machine}.local"]
+    names.append(host.lower().partition("%")[0])  # an IPv6 zone is no part of a certificate's name
     return [n for n in dict.fromkeys(names) if n and n not in ("0.0.0.0", "::", ".local")]
 
 
@@ -85,7 +86,7 @@ def server_context(certfile: str | Path, keyfile: str | Path) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise SetupError(
-            f"cannot use {certfile} with {keyfile}: {reason}; both must be PEM and belong together"
+            f"cannot use {certfile} with {keyfile}: {reason}; both must be PEM, without a password, and belong together"
         ) from None
     return context
 
@@ -101,19 +102,17 @@ def _make_certificate(cert: Path, key: Path, names: list[str]) -> None:
         # Our own -config: the system's may be missing or add extensions of its own.
         config.write(CONFIG.format(organization=ORGANIZATION, names=alternatives))
         config.flush()
-        request = ["req", "-new", "-x509", "-sha256", "-days", str(DAYS), "-config", config.name]
-        _write(cert, 0o644, [*request, "-key", str(key)])
+        request = ["req", "-key", str(key), "-new", "-x509", "-sha256", "-days", str(DAYS), "-config", config.name]
+        _write(cert, 0o644, [*request, "-passin", "pass:"])  # or openssl would ask for an encrypted key's password
 
 
 def _inspect(cert: Path) -> tuple[bool, float]:
     """Whether we made this certificate, and the seconds until it ends."""
-    text = _openssl(["x509", "-in", str(cert), "-noout", "-subject", "-issuer", "-enddate"])
-    found = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-    end = found["notAfter"].strip().removesuffix(" GMT")
+    text = _openssl(["x509", "-in", str(cert), "-noout", "-subject", "-issuer", "-enddate", "-nameopt", "RFC2253"])
+    found = {field: value.strip() for field, _, value in (line.partition("=") for line in text.splitlines())}
+    end = found["notAfter"].removesuffix(" GMT")
     left = calendar.timegm(time.strptime(end, "%b %d %H:%M:%S %Y")) - time.time()
-    organization = found["subject"].replace(" ", "")
-    ours = f"O={ORGANIZATION}" in organization and organization == found["issuer"].replace(" ", "")
-    return ours, left
+    return found["subject"] == found["issuer"] == f"CN=localhost,O={ORGANIZATION}", left
 
 
 def _write(path: Path, mode: int, command: list[str]) -> None:
@@ -137,9 +136,11 @@ def _openssl(arguments: list[str]) -> str:
         done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=OPENSSL_TIMEOUT)
     except FileNotFoundError:
         raise SetupError("the program `openssl` is not installed; phi3v needs it for the TLS certificate") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SetupError(f"the program `openssl` does not run: {error}") from None
     if done.returncode:
-        detail = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise SetupError(f"openssl {arguments[0]} failed: {detail}")
+        detail = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        raise SetupError(f"openssl {' '.join(arguments[:3])} failed: {detail}")
     return done.stdout
 
 

@@ -133,23 +133,17 @@ def test_what_cannot_be_answered_is_refused_before_anything_runs(llm):
 
 
 def test_a_prompt_must_leave_room_in_the_context(llm):
-    long = "x " * 2040  # 4,090 tokens of the context's 4,096
-    tokens = len(llm.tokenizer.encode(llm.tokenizer.prompt(long, 0), []))
-    assert 4080 < tokens < 4096
-    with pytest.raises(RequestError, match=f"has {tokens} tokens and max_tokens is 64") as caught:
-        llm.stream(long, max_tokens=64)
-    assert caught.value.param == "max_tokens"
-    last = list(llm.stream(long))[-1]  # the default is cut to what fits
-    assert last.completion_tokens <= 4096 - tokens
-    with pytest.raises(RequestError, match="the context 4096: shorten it"):
-        llm.stream(long + long)
-
-
-def test_the_context_fills_to_its_last_token(llm):
     tails = ("x " * n + "y" * m for n in range(2030, 2050) for m in range(3))
-    text = next(text for text in tails if room(llm, text) == 1)
-    (last,) = llm.stream(text, max_tokens=1)
-    assert last.prompt_tokens + 1 == 4096
+    text = next(text for text in tails if room(llm, text) == 2)
+    with pytest.raises(
+        RequestError, match="has 4094 tokens and max_tokens is 3: more than the context of 4096"
+    ) as caught:
+        llm.stream(text, max_tokens=3)
+    assert caught.value.param == "max_tokens"
+    last = list(llm.stream(text))[-1]  # the default is cut to what fits
+    assert (last.prompt_tokens, last.completion_tokens, last.finish_reason) == (4094, 2, "length")
+    with pytest.raises(RequestError, match="the context 4096: shorten it"):
+        llm.stream(text + "x x")
 
 
 def room(llm, text: str) -> int:

@@ -26,7 +26,6 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
         ('{"ä": "日本 🎉"}'.encode(), {"ä": "日本 🎉"}),
         (rb'{"a": "\ud83c\udf89\u0000"}', {"a": "🎉\0"}),
         (b'{"a": -0.5e1, "b": [true, null]}', {"a": -5.0, "b": [True, None]}),
-        (b'{"a":' + b"9" * 4300 + b"}", {"a": 10**4300 - 1}),
         (b'{"a": 1e400}', {"a": float("inf")}),  # a number, if a large one: its field refuses it
         (nested(1), {"a": 1}),
         (nested(32), json.loads(nested(32))),
@@ -43,11 +42,9 @@ def test_a_json_object_is_taken(raw, body):
     [
         (b"", "the body is not JSON from line 1 column 1 on"),
         (b"prompt=hello", "the body is not JSON from line 1 column 1 on"),
-        (b"{'a': 1}", "the body is not JSON from line 1 column 2 on"),
         (b'{"a": 1', "the body is not JSON from line 1 column 8 on"),
         (b'{"a": 1}\n{"b": 2}', "the body is not JSON from line 2 column 1 on"),
         (b'{"a": "b\nc"}', "the body is not JSON from line 1 column 9 on"),
-        (b'{"a": 01}', "the body is not JSON from line 1 column 8 on"),
         (b'{"a": 0x10}', "the body is not JSON from line 1 column 8 on"),
         (b'\xef\xbb\xbf{"a": 1}', "the body is not JSON from line 1 column 1 on"),
         (b'{"a": "\xff"}', "the body is not UTF-8"),
@@ -60,15 +57,12 @@ def test_a_json_object_is_taken(raw, body):
         (b'{"a":' + b"9" * 4301 + b"}", NUMBER),
         (nested(33), DEEP),
         (nested(33, '{"b":', "}"), DEEP),
-        (nested(40), DEEP),
         (b"[" * 100_000, DEEP),
         (nested(100_000), DEEP),
         (nested(100_000, '{"b":', "}"), DEEP),
         (b"[]", "the body must be a JSON object, not a list"),
         (b'"prompt"', "the body must be a JSON object, not a string"),
         (b"1.5", "the body must be a JSON object, not a number"),
-        (b"true", "the body must be a JSON object, not true or false"),
-        (b"null", "the body must be a JSON object, not null"),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -86,7 +80,6 @@ ONE = Request(["hi"], [[]], SamplingParams())
     [
         ({"prompt": "hi"}, ONE),
         ({"prompt": "hi", "images": None, "max_tokens": None, "num_crops": None}, ONE),
-        ({"prompt": "hi", "images": []}, ONE),
         ({"prompt": "hi", "model": 5, "user": ["x"], "prompts": {}, "temperatur": "hot"}, ONE),
         ({"prompt": ["hi"]}, ONE),
         ({"prompt": " "}, Request([" "], [[]])),
@@ -125,7 +118,6 @@ MISSING = "prompt is missing: a string, or a list of strings"
     [
         ({}, "prompt", MISSING),
         ({"prompt": None}, "prompt", MISSING),
-        ({"Prompt": "hi", "max_tokens": 0}, "prompt", MISSING),
         ({"prompt": ""}, "prompt", "prompt is empty"),
         ({"prompt": 5}, "prompt", "prompt must be a string, not a number"),
         ({"prompt": False}, "prompt", "prompt must be a string, not true or false"),
@@ -144,28 +136,23 @@ def test_a_bad_prompt_is_refused_and_the_message_says_what_is_allowed(body, para
     refused(body, param, message)
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0, "0"),
-        (-1, "-1"),
-        (1025, "1025"),
-        ("5", '"5"'),
-        (True, "true"),
-        (False, "false"),
-        (1.0, "1.0"),
-        (1e400, "Infinity"),
-        (10**4000, "1" + "0" * 39),
-        ([5], "[5]"),
-        ({"a": "\ud800" * 99}, r'{"a": "\ud800\ud800\ud800\ud800\ud800\ud8'),
-    ],
-)
-def test_a_number_that_is_no_whole_one_in_range_is_refused(value, shown):
+@pytest.mark.parametrize("value", [0, -1, 1025, "5", True, False, 1.0, 1e400, 10**4000, [5], {"a": "\ud800" * 99}])
+def test_a_number_that_is_no_whole_one_in_range_is_refused(value):
+    shown = json.dumps(value)[:40]
     for name, most in (("max_tokens", 1024), ("num_crops", 16)):
         refused({"prompt": "a", name: value}, name, f"{name} must be a whole number from 1 to {most}, not {shown}")
 
 
-BASE64 = "the picture is not valid base64 (alphabet A-Z a-z 0-9 + /, padded with =)"
+NO_BASE64 = ["YQ", "Y Q==", "YQ==\n", "_-8=", "YWJj====", "ÿQ==", "/etc/passwd", "file:/etc/passwd", "data:;base64,YQ"]
+
+
+@pytest.mark.parametrize("image", NO_BASE64)
+def test_a_picture_that_is_no_strict_base64_is_refused(image):
+    message = "the picture is not valid base64 (alphabet A-Z a-z 0-9 + /, padded with =)"
+    refused({"prompt": "a", "images": ["YQ==", image]}, "images[1]", message)
+    refused({"prompt": ["a", "b"], "images": [[], ["YQ==", image]]}, "images[1][1]", message)
+
+
 PICTURES = "must be a list of pictures (data: URLs or base64), not"
 LISTS = "images must be a list of 2 lists, one for each prompt, not"
 URL = "a data: URL must read data:image/…;base64,…"
@@ -179,21 +166,11 @@ FETCH = "…: send a data: URL or base64"
         ("a", [["YQ=="]], "images[0]", "images[0] must be a data: URL or base64, not a list"),
         ("a", ["YQ==", None], "images[1]", "images[1] must be a data: URL or base64, not null"),
         ("a", ["YQ=="] * 16 + [5], "images", "images has 17 pictures, at most 16 are allowed"),
-        ("a", ["YQ==", "YQ"], "images[1]", BASE64),
-        ("a", ["Y Q=="], "images[0]", BASE64),
-        ("a", ["YQ==\n"], "images[0]", BASE64),
-        ("a", ["_-8="], "images[0]", BASE64),
-        ("a", ["YWJj===="], "images[0]", BASE64),
-        ("a", ["ÿQ=="], "images[0]", BASE64),
-        ("a", ["/etc/passwd"], "images[0]", BASE64),
-        ("a", ["file:/etc/passwd"], "images[0]", BASE64),
-        ("a", ["data:image/png;base64,YQ"], "images[0]", BASE64),
         ("a", ["data:image/png,YQ=="], "images[0]", URL),
         ("a", ["data:image/png;base64"], "images[0]", URL),
         ("a", ["data:image/svg+xml;utf8,<svg/>"], "images[0]", URL),
         ("a", ["http://127.0.0.1/a.png"], "images[0]", f"pictures are not fetched from http://1{FETCH}"),
         (["a", "b"], [[], ["FILE:///etc"]], "images[1][0]", f"pictures are not fetched from FILE:///{FETCH}"),
-        (["a", "b"], [[], ["YQ==", "?"]], "images[1][1]", BASE64),
         (["a", "b"], [["YQ=="]], "images", f"{LISTS} 1"),
         (["a", "b"], [[], [], []], "images", f"{LISTS} 3"),
         (["a", "b"], {}, "images", f"{LISTS} an object"),
@@ -269,3 +246,8 @@ def test_a_message_that_repeats_half_a_surrogate_pair_can_still_be_sent():
         protocol.parse_completion({"prompt": "a", "images": ["\ud800://a"]}, 1024)
     sent = protocol.render(protocol.error(400, caught.value.message, "invalid_request_error", caught.value.param))
     assert json.loads(sent)["error"]["message"] == "pictures are not fetched from ?://a…: send a data: URL or base64"
+
+
+def test_the_default_of_max_tokens_keeps_to_a_smaller_limit_of_the_server():
+    assert protocol.parse_completion({"prompt": "x"}, 100).params.max_tokens == 100
+    assert protocol.parse_completion({"prompt": "x"}, 1024).params.max_tokens is None

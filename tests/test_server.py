@@ -1,0 +1,564 @@
+"""The real server over real TLS, with a real key store and a model that does as it is told."""
+
+import json
+import logging
+import queue
+import re
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+from contextlib import suppress
+from datetime import datetime
+from http.client import HTTPConnection, HTTPSConnection, parse_headers
+from logging.handlers import QueueHandler
+from typing import NamedTuple
+
+import pytest
+
+from phi3v import server, tls
+from phi3v.errors import RequestError, Unavailable
+from phi3v.keys import KeyStore
+from phi3v.request import Delta, Request, SamplingParams
+
+HELLO = b'{"prompt": "hello"}'
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+MANY = HEALTH * 30_000  # over 1 MB
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+KINDS |= {500: "server_error", 503: "service_unavailable_error"}
+
+
+class FakeLLM:
+    """Answers each prompt with its reverse, the last one first; refuses, breaks or waits as it is told."""
+
+    def __init__(self):
+        self.status, self.checkpoint, self.requests = "ok", "fake-1", []
+        self.refuses = self.breaks = None  # what `answer` and what its iterator raises
+        self.gate, self.started, self.left = threading.Event(), threading.Event(), threading.Event()
+        self.gate.set()
+
+    def answer(self, request):
+        self.requests.append(request)
+        if self.refuses:
+            raise self.refuses
+        return self
+
+    def __enter__(self):
+        return self._pieces(self.requests[-1].prompts)
+
+    def __exit__(self, *_):
+        self.left.set()
+
+    def _pieces(self, prompts):
+        self.started.set()
+        assert self.gate.wait(30)
+        for i in reversed(range(len(prompts))):
+            yield Delta(i, prompts[i][:0:-1])
+            if self.breaks:
+                raise self.breaks
+            yield Delta(i, prompts[i][0], "stop", len(prompts[i]), 2)
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict
+    body: bytes
+
+    def refusal(self, status: int, param: str | None = None) -> str:
+        """The message of the documented error, after a look at everything else in it."""
+        error = json.loads(self.body)["error"]
+        message, kind = error.pop("message"), KINDS.get(status, "invalid_request_error")
+        assert (self.status, error) == (status, {"code": str(status), "type": kind, "param": param}), message
+        assert self.headers["Content-Type"] == "application/json"
+        return message
+
+
+class Client:
+    """One connection on which a test says every byte; a reset raises."""
+
+    def __init__(self, port: int, trust: ssl.SSLContext | None):
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self.sock = trust.wrap_socket(self.sock, server_hostname="localhost") if trust else self.sock
+        self.file = self.sock.makefile("rb", buffering=0)  # so that nothing is read ahead
+
+    def send(self, data: bytes) -> "Client":
+        self.sock.sendall(data)
+        return self
+
+    def say_no_more(self) -> "Client":
+        """Send close_notify but go on reading; only while no reply can have come yet."""
+        self.sock.settimeout(0)
+        with suppress(ssl.SSLWantReadError):
+            self.sock.unwrap()
+        self.sock.settimeout(30)
+        return self
+
+    def reply(self, body: bool = True) -> Reply:
+        status, headers = int(self.file.readline().split()[1]), parse_headers(self.file)
+        return Reply(status, headers, self.file.read(int(headers.get("Content-Length", 0))) if body else b"")
+
+    def ended(self) -> bool:
+        """Whether the server ends the connection in order too; any byte that it said more raises."""
+        self.sock.unwrap()
+        return True
+
+    def close(self, reset: bool = False) -> None:
+        if reset:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.file.close()
+        self.sock.close()
+
+
+class Site:
+    """The server with all that belongs to it; `line` gives what was logged, one after the other."""
+
+    def __init__(self, pair, folder, clock):
+        self.llm, self.keys = FakeLLM(), KeyStore(folder / "keys.db", clock=clock)
+        self.key, self.secret = self.keys.create("test", 1000)
+        self.log, self.clients = QueueHandler(queue.SimpleQueue()), []
+        self.server = server.Server(("127.0.0.1", 0), tls.server_context(*pair), self.llm, self.keys)
+        self.port, self.trust = self.server.server_address[1], ssl.create_default_context(cafile=pair[0])
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def connect(self, secure: bool = True) -> Client:
+        self.clients.append(Client(self.port, self.trust if secure else None))
+        return self.clients[-1]
+
+    def http(self, body: bytes = HELLO, request: str = "POST /v1/completions", **headers: str | None) -> bytes:
+        """A request as bytes; headers with _ for -, None for one that is to be left out."""
+        usual = {"Host": "localhost", "Content_Type": "application/json", "X_API_Key": self.secret}
+        usual |= {"Content_Length": str(len(body))} if body else {}
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in (usual | headers).items() if value is not None]
+        return "\r\n".join([f"{request} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body
+
+    def post(self, *args, **headers: str | None) -> Reply:
+        return self.connect().send(self.http(*args, **headers)).reply()
+
+    def line(self) -> str:
+        while (record := self.log.queue.get(timeout=30)).levelno < logging.INFO:
+            pass
+        return record.getMessage()
+
+    def close(self) -> list[logging.LogRecord]:
+        """End everything; returns what was logged and not yet looked at."""
+        self.llm.gate.set()
+        for client in self.clients:
+            client.close()
+        self.server.stop()
+        for thread in [self.thread, *(t for t in threading.enumerate() if "process_request" in t.name)]:
+            thread.join(30)
+            assert not thread.is_alive()
+        self.keys.close()
+        return [self.log.queue.get() for _ in range(self.log.queue.qsize())]
+
+
+@pytest.fixture
+def site(pair, tmp_path, clock, caplog):
+    caplog.set_level(logging.DEBUG, "phi3v")
+    site = Site(pair, tmp_path, clock)
+    logging.getLogger("phi3v").addHandler(site.log)
+    yield site
+    left = site.close()
+    logging.getLogger("phi3v").removeHandler(site.log)
+    assert [r.getMessage() for r in left if r.levelno > logging.INFO] == []  # nothing broke unseen
+
+
+def test_the_documented_request_gets_the_documented_answer_and_nothing_says_what_runs_here(site):
+    reply = site.post(b'{"prompt": "Hello!", "max_tokens": 512}', X_Request_Id="r-1")
+    body, headers = json.loads(reply.body), dict(reply.headers)
+    assert (body["model"], body["responses"]) == ("phi-3-vision", ["!olleH"])
+    assert datetime.fromisoformat(body["timestamp"]).utcoffset().total_seconds() == 0
+    assert (body["choices"][0]["text"], body["usage"]["total_tokens"]) == ("!olleH", 8)
+    assert body["system_fingerprint"] == "fake-1"
+    assert site.llm.requests == [Request(["Hello!"], [[]], SamplingParams(max_tokens=512))]
+    assert re.fullmatch(r"\w{3}, \d\d \w{3} 20\d\d \d\d:\d\d:\d\d GMT", headers.pop("Date"))
+    assert headers.pop("Content-Length") == str(len(reply.body))
+    expected = {"Content-Type": "application/json", "X-Request-Id": "r-1", "Cache-Control": "no-store"}
+    rate = {"X-RateLimit-Limit": "1000", "X-RateLimit-Remaining": "999", "X-RateLimit-Reset": "60"}
+    assert headers == expected | rate  # and no Server
+
+
+def test_several_prompts_are_answered_in_their_order_and_count_as_one_request(site):
+    reply = site.post('{"prompt": ["ab", "日本", "ef", "ab"]}'.encode(), Content_Type="application/json; charset=utf-8")
+    body = json.loads(reply.body)
+    assert body["responses"] == ["ba", "本日", "fe", "ba"] == [choice["text"] for choice in body["choices"]]
+    assert (body["usage"]["total_tokens"], reply.headers["X-RateLimit-Remaining"]) == (16, "999")
+
+
+BAD = [(raw, None) for raw in (b"prompt=a", b"\xff{}", b"[" * 100_000, b'{"prompt": NaN}', b"[]")]
+BAD += [(raw, "prompt") for raw in (b"{}", b'{"prompt": 5}', b'{"prompt": []}', b'{"prompt": "a\\ud800"}')]
+BAD += [(b'{"prompt": "a", "max_tokens": %s}' % value, "max_tokens") for value in (b"0", b"1025", b'"5"', b"true")]
+BAD += [(b'{"prompt": "a", "images": ["\\ud800://a"]}', "images[0]")]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD, ids=lambda value: repr(value)[:50])
+def test_a_bad_body_is_400_and_the_connection_stays_usable(site, body, param):
+    client = site.connect()
+    client.send(site.http(body)).reply().refusal(400, param)
+    assert client.send(site.http()).reply().status == 200
+    assert len(site.llm.requests) == 1
+
+
+NO_LENGTH = "Content-Length must be one decimal number, without Transfer-Encoding"
+LENGTHS = ["0\r\nContent-Length: 5", "41\r\nContent-Length: 41", "4\r\n 1", "", "\xb2", *"-1 +41 0x5 4_1 1".split()]
+LENGTHS[-1] *= 16
+CHUNKED = {"Transfer_Encoding": "chunked", "Content_Length": None}
+UNKNOWN = "the API key is unknown, expired or deleted; `phi3v list` shows the keys there are"
+MISSING = "the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY"
+LARGE = "the body has 1,230,000 bytes, at most 1,048,576 are allowed"
+TYPES = [None, "", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json"]
+REFUSED = [
+    *((400, NO_LENGTH, {"Content_Length": length}) for length in LENGTHS),
+    (400, NO_LENGTH, CHUNKED | {"Content_Length": "5", "body": b"0\r\n\r\n" + HEALTH}),
+    (401, MISSING, {"X_API_Key": None}),
+    (401, MISSING, {"X_API_Key": "", "Authorization": "Basic abc"}),
+    (401, MISSING, {"X_API_Key": None, "Authorization": "Bearer"}),
+    (403, UNKNOWN, {"X_API_Key": "wrong"}),
+    (403, UNKNOWN, {"X_API_Key": "\xff"}),
+    *((404, f"there is no {path!r}; the routes are", {"request": f"POST {path}?a"}) for path in ("/", "/../health")),
+    *((404, "the routes are", {"request": f"POST {path}"}) for path in ("/v1/completions/", "/v1/complet%69ons")),
+    *((405, "takes POST", {"request": f"{m} /v1/completions"}) for m in ("GET", "PUT", "PATCH", "DELETE", "OPTIONS")),
+    (405, "/health takes GET, not POST", {"request": "POST /health"}),
+    (411, "chunked bodies are not taken", CHUNKED | {"body": b"0\r\n\r\n" + HEALTH}),
+    (411, "the request needs a Content-Length", {"Content_Length": None}),
+    (413, LARGE, {"body": MANY}),
+    (413, LARGE, {"body": MANY, "X_API_Key": None}),
+    *((415, "the Content-Type must be application/json", {"Content_Type": kind}) for kind in TYPES),
+    (429, "this key's 1 requests per minute are used up; try again in 60 s", {}),
+    (501, "Unsupported method", {"request": "BREW /v1/completions"}),
+]
+
+
+@pytest.mark.parametrize(("status", "message", "change"), REFUSED, ids=lambda value: repr(value)[:50])
+def test_a_refusal_says_why_and_its_body_is_never_taken_for_the_next_request(site, status, message, change):
+    if status == 429:
+        site.keys.update(site.key.id, rate_limit=1)
+        assert site.post().status == 200
+    client = site.connect().send(site.http(**{"body": HEALTH} | change))
+    reply = client.reply()
+    assert message in reply.refusal(status)
+    assert reply.headers["Allow"] == {405: "POST" if "POST" in message[:11] else "GET"}.get(status)
+    assert (reply.headers["Connection"], client.ended(), site.llm.requests[1:]) == ("close", True, [])
+
+
+@pytest.mark.parametrize("change", [{}, CHUNKED], ids=repr)
+def test_a_body_that_nobody_wants_is_not_read_as_a_request_either(site, change):
+    client = site.connect().send(site.http(HEALTH, "GET /health", **change))
+    assert (client.reply().status, client.ended()) == (200, True)
+
+
+@pytest.mark.parametrize(("status", "change"), [(413, {}), (411, CHUNKED), (400, {"request": "POST / /"})], ids=repr)
+def test_a_client_that_first_sends_3_mb_can_read_why_they_are_refused(site, status, change):
+    client = site.connect().send(site.http(b"2dc6c0\r\n" + b"x" * 3_000_000, **{"X_API_Key": site.secret} | change))
+    client.reply().refusal(status)
+    assert client.ended()
+
+
+def test_a_body_of_exactly_1_mb_is_taken_and_one_byte_more_is_413(site):
+    body = HELLO.ljust(1024 * 1024)
+    assert (site.post(body).status, site.post(body + b" ").status) == (200, 413)
+
+
+def test_the_checks_come_in_the_documented_order(site):
+    site.keys.update(site.key.id, rate_limit=1)
+    assert site.post(b"{}").status == 400  # counted, whatever follows
+    wrong = {"request": "GET /nowhere", "body": b"{}", "Content_Length": "-5", "X_API_Key": None, "Content_Type": None}
+    for status, mended in (
+        (400, {}),
+        (404, {"Content_Length": "2000000"}),
+        (405, {"request": "GET /v1/completions"}),
+        (413, {"request": "POST /v1/completions"}),
+        (401, {"Content_Length": None}),
+        (403, {"X_API_Key": "wrong"}),
+        (415, {"X_API_Key": site.secret}),
+        (411, {"Content_Type": "application/json"}),
+        (429, {"Content_Length": "2"}),
+    ):
+        wrong |= mended
+        site.post(**wrong).refusal(status)
+
+
+def test_without_a_key_every_route_but_health_is_401(site):
+    assert {"/health", "/v1/completions"} <= server.ROUTES.keys()
+    for path, methods in server.ROUTES.items():
+        for method in methods:
+            reply = site.post(request=f"{method} {path}?key={site.secret}", X_API_Key=None)
+            assert (reply.status, path) == (200 if path == "/health" else 401, path)
+            assert not {name for name in reply.headers if name.startswith("X-RateLimit")}
+
+
+def test_a_key_ends_when_it_expires_or_is_deleted_and_x_api_key_wins_over_bearer(site, clock):
+    brief, deleted = (site.keys.create(name, expires=clock() + end) for name, end in (("brief", 10), ("deleted", 99)))
+    bearer = {"X_API_Key": None, "Authorization": f"bEaReR {site.secret}"}
+    assert [site.post(**h).status for h in ({"X_API_Key": brief[1]}, {"X_API_Key": deleted[1]}, bearer)] == [200] * 3
+    site.keys.delete(deleted[0].id)
+    clock.now += 10
+    for secret in (brief[1], deleted[1], site.secret[:-1]):
+        assert site.post(X_API_Key=secret, Authorization=f"Bearer {site.secret}").refusal(403) == UNKNOWN
+
+
+def test_the_rate_limit_is_429_until_exactly_retry_after_has_passed(site, clock):
+    site.keys.update(site.key.id, rate_limit=2)
+
+    def ask(step: float) -> tuple:
+        clock.now += step
+        reply = site.post()
+        names = ("Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+        return reply.status, *(reply.headers[name] for name in names)
+
+    assert ask(0) == (200, None, "2", "1", "60")
+    assert ask(10.5) == (200, None, "2", "0", "50")
+    assert ask(9.75) == (429, "40", "2", "0", "40")
+    assert ask(39) == (429, "1", "2", "0", "1")
+    assert ask(1) == (200, None, "2", "0", "11")
+    site.keys.update(site.key.id, rate_limit=3)  # in force at once
+    assert ask(0) == (200, None, "3", "0", "11")
+
+
+def test_what_the_model_refuses_keeps_its_status_field_and_headers(site):
+    site.llm.refuses = RequestError("images[0]: no picture", "images[0]")
+    assert site.post().refusal(400, "images[0]") == "images[0]: no picture"
+    site.llm.refuses = Unavailable("the model is loading", headers={"Retry-After": "5"})
+    reply = site.post()
+    assert reply.refusal(503) == "the model is loading"
+    assert (reply.headers["Retry-After"], reply.headers["X-RateLimit-Remaining"]) == ("5", "998")
+
+
+def test_a_broken_generation_is_a_500_that_tells_nothing_and_the_next_request_works(site):
+    client, site.llm.breaks = site.connect(), RuntimeError("detail in /home/me at 0x7f00")
+    message = client.send(site.http(X_Request_Id="r-5")).reply().refusal(500)
+    assert message == "internal error; the server's log has it under request r-5"
+    trace = site.line()
+    assert trace.startswith("request r-5 failed\nTraceback (most recent call last):\n")
+    assert trace.endswith("RuntimeError: detail in /home/me at 0x7f00")
+    assert " status=500 " in site.line() and site.llm.left.is_set()
+    site.llm.breaks = None
+    assert client.send(site.http()).reply().status == 200
+
+
+@pytest.mark.parametrize("status", ["loading", "draining", "failed"])
+def test_health_is_503_unless_the_model_answers(site, status):
+    assert site.post(b"", "GET /health", X_API_Key=None).body == b'{"status":"ok"}'
+    site.llm.status = status
+    reply = site.post(b"", "GET /health", X_API_Key=None)
+    assert (reply.status, json.loads(reply.body)) == (503, {"status": status})
+
+
+def test_requests_may_follow_each_other_on_one_connection_also_at_once(site):
+    connection = HTTPSConnection("localhost", site.port, timeout=30, context=site.trust)
+    connection.connect()
+    used = connection.sock
+    for path, status in (("/health", 200), ("/nowhere", 404), ("/health?a=b", 200), ("/v1/completions", 405)):
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        assert (reply.status, len(reply.read()) > 10, connection.sock) == (status, True, used)
+    connection.close()
+    client = site.connect().send(HEALTH + site.http() + site.http(b"{}") + site.http(b"", Content_Length="0") + HEALTH)
+    assert [client.reply().status for _ in range(5)] == [200, 200, 400, 400, 200]
+    assert client.send(site.http(Connection="close")).reply().headers["Connection"] == "close"
+    assert client.ended()
+
+
+def test_head_is_answered_without_a_body(site):
+    client = site.connect().send(site.http(b"", "HEAD /health") + site.http(b"", "HEAD /v1/completions") + HEALTH)
+    assert [client.reply(body=False).status for _ in range(2)] == [200, 405]
+    assert client.reply().body == b'{"status":"ok"}'
+
+
+def test_expect_100_continue_is_answered_only_after_key_and_size_were_checked(site):
+    client = site.connect().send(site.http(Expect="100-Continue")[: -len(HELLO)])
+    assert (client.reply().status, client.send(HELLO).reply().status) == (100, 200)
+    wrong = {401: {"X_API_Key": None}, 413: {"Content_Length": "1048577"}, 415: {"Content_Type": None}}
+    for status, change in wrong.items():
+        client = site.connect().send(site.http(**{"Expect": "100-continue"} | change)[: -len(HELLO)])
+        assert (client.reply().status, client.ended()) == (status, True)
+
+
+def test_a_request_id_is_echoed_if_it_is_sane_and_replaced_if_not(site):
+    for given in ("abc-123", "x" * 128, '!"#=~'):
+        assert site.post(b"", "GET /nowhere", X_Request_Id=given).headers["X-Request-Id"] == given
+        assert site.line().startswith(f"request={given} ")
+    for given in (None, "", "x" * 129, "a b", "a\tb", "\xe4", "a\x1b[2J", "a\r\n b"):
+        made = [site.post(X_Request_Id=given).headers["X-Request-Id"] for _ in range(2)]
+        assert re.fullmatch("[0-9a-f]{32},[0-9a-f]{32}", ",".join(made)) and made[0] != made[1]
+        assert {site.line().split()[0], site.line().split()[0]} == {f"request={name}" for name in made}
+
+
+def test_a_truncated_body_is_400_and_a_slow_one_408(site, monkeypatch):
+    client = site.connect().send(site.http(Content_Length="100")).say_no_more()
+    assert client.reply().refusal(400) == "the body ended after 19 of 100 bytes"
+    read = server.Handler._read
+
+    def impatient(handler, length):
+        handler.connection.settimeout(0.01)
+        return read(handler, length)
+
+    monkeypatch.setattr(server.Handler, "_read", impatient)
+    client = site.connect().send(site.http(Content_Length="100"))
+    assert client.reply().refusal(408) == "the body of 100 bytes did not arrive in time"
+    assert (client.ended(), site.llm.requests) == (True, [])
+
+
+def test_plain_http_gets_a_readable_400(site):
+    connection = HTTPConnection("127.0.0.1", site.port, timeout=30)
+    connection.request("POST", "/v1/completions", HELLO, {"X-API-Key": site.secret})
+    with connection.getresponse() as reply:
+        message = Reply(reply.status, reply.headers, reply.read()).refusal(400)
+    connection.close()
+    assert message == "this port speaks HTTPS: use https://"
+
+
+def test_silent_and_babbling_clients_hold_up_nobody_and_are_no_error_of_ours(site):
+    for data in (b"", b"\x16", b"\x16\x03\x01\x02\0\x01", b"\x16\x03\x01\0\x05hello" * 9, b"\x80.\x01", b"\0" * 99):
+        site.connect(secure=False).send(data)
+    for data in (b"", b"POST /v1/comp", site.http()[:-1]):
+        site.connect().send(data)
+    for secure in (False, True):
+        site.connect(secure).close(reset=True)
+    assert site.post().status == 200
+
+
+@pytest.mark.parametrize("generating", [True, False])
+def test_a_client_that_disappears_leaves_nothing_running_and_is_no_error_of_ours(site, monkeypatch, generating):
+    taken, gone, take = threading.Event(), threading.Event(), site.keys.take
+    monkeypatch.setattr(site.keys, "take", lambda key: (taken.set(), gone.wait(30), take(key))[2])
+    if generating:
+        site.llm.gate.clear()
+        gone.set()
+        client, waiting = site.connect().send(site.http()), site.llm.started
+    else:  # before it was told to send its body
+        client, waiting = site.connect().send(site.http(Expect="100-continue")[: -len(HELLO)]), taken
+    assert waiting.wait(30)
+    client.close(reset=True)
+    gone.set()
+    site.llm.gate.set()
+    line = site.line()
+    assert f" key={site.key.id} " in line and " status=499 " in line
+    assert site.llm.left.is_set() == generating
+    assert site.post().status == 200
+
+
+def test_stop_answers_the_running_request_and_then_returns(site, monkeypatch):
+    site.llm.gate.clear()
+    client = site.connect().send(site.http())
+    assert site.llm.started.wait(30)
+    closed, close = threading.Event(), site.server.server_close
+    monkeypatch.setattr(site.server, "server_close", lambda: (close(), closed.set()))
+    stopping = threading.Thread(target=site.server.stop)
+    stopping.start()
+    assert closed.wait(30)
+    with pytest.raises(ConnectionRefusedError):
+        site.connect()
+    assert stopping.is_alive()
+    site.llm.gate.set()
+    assert client.reply().status == 200
+    stopping.join(30)
+    assert not stopping.is_alive()
+
+
+def test_usage_is_counted_for_what_passed_the_window_and_for_nothing_else(site, clock):
+    clock.now += 5
+    assert (site.post(b'{"prompt": ["abc", "de"]}').status, site.post(b"{}").status) == (200, 400)
+    for change in ({"X_API_Key": "no"}, {"Content_Type": None}, {"request": "GET /health"}, {"request": "GET /"}):
+        site.post(**change)
+    key = site.keys.find(site.key.id)
+    assert (key.requests, key.prompt_tokens, key.completion_tokens, key.last_used) == (2, 5, 4, clock())
+
+
+def test_every_request_has_one_line_with_its_facts(site):
+    key, rest = f" key={site.key.id}", 'method=POST path="/v1/completions"'
+    tokens = r" first_ms=\d+ prompt_tokens=5 completion_tokens=4 total_tokens=9"
+    site.post(b'{"prompt": ["abc", "de"]}', "POST /v1/completions?a=b&key=c", X_Request_Id="r-1")
+    assert re.fullmatch(rf"request=r-1 client=127.0.0.1{key} {rest} status=200 ms=\d+{tokens}", site.line())
+    site.post(b"{}", X_Request_Id="r-2")
+    assert re.fullmatch(rf"request=r-2 client=127.0.0.1{key} {rest} status=400 ms=\d+", site.line())
+    site.post(X_Request_Id="r-3", X_API_Key="wrong")
+    assert re.fullmatch(rf"request=r-3 client=127.0.0.1 {rest} status=403 ms=\d+", site.line())
+
+
+def test_nothing_of_a_request_is_left_when_the_next_head_is_unreadable(site):
+    client = site.connect().send(site.http(b"", "GET /health", X_Request_Id="first"))
+    assert client.reply().headers["X-Request-Id"] == "first"
+    reply = client.send(b"NONSENSE\r\n\r\n").reply()
+    assert (reply.refusal(400), client.ended()) == ("Bad request syntax ('NONSENSE')", True)
+    assert re.fullmatch("[0-9a-f]{32}", reply.headers["X-Request-Id"])
+    assert site.line().startswith("request=first ")
+    assert re.fullmatch(r'request=[0-9a-f]{32} client=127.0.0.1 path="" status=400 ms=\d+', site.line())
+
+
+def test_no_request_forges_a_line_or_steers_a_terminal(site):
+    for request, shown in (
+        ("GET /a\x1b[2Jb\0\x7f\xff", r'method=GET path="/a\u001b[2Jb\u0000\u007f\u00ff" status=404'),
+        ('GET /"status=200', r'method=GET path="/\"status=200" status=404'),
+        ("GET /" + "a" * 300, f'method=GET path="/{"a" * 199}" status=404'),
+        ("GET /a\rstatus=200", 'path="" status=400'),
+        ("GET /a\x85status=200", 'path="" status=400'),
+        ("G\x1b[2JT /health", 'path="/health" status=501'),
+        ("GET" * 99 + " /health", 'path="/health" status=501'),
+    ):
+        client = site.connect().send(site.http(b"", request))
+        assert client.reply().status >= 400 and client.ended()
+        line = site.line()
+        assert re.fullmatch("[ -~]+", line) and f" client=127.0.0.1 {shown} ms=" in line
+
+
+def test_neither_key_nor_prompt_nor_answer_is_ever_logged(site):
+    word = "CANARY" + site.secret
+    good = json.dumps({"prompt": word}).encode()
+    odd = ["Content_Length", "Content_Type", "Transfer_Encoding", "Host", "X_API_Key", "Authorization", "Expect", word]
+    for data in (
+        site.http(good, f"POST /v1/completions?key={word}"),
+        site.http(good[:-1]),
+        site.http(json.dumps({word: word, "prompt": {word: word}}).encode()),
+        site.http(json.dumps({"prompt": "a", "images": [word], "max_tokens": word}).encode()),
+        *(site.http(good, **{name: word}) for name in odd),
+        *(site.http(good, request) for request in (f"{word} /health", f"GET /health {word}")),
+        *(f"{line}\r\n\r\n".encode() for line in (f"X-API-Key: {word}", word, f"GET /health {word}")),
+        site.http(good, **{f"{word}\r\n{word}": word}),
+        site.http(good, Many="a\r\nX-Key: " + f"{word}\r\nX-Key: " * 200),
+        word.encode() * 2000,
+    ):
+        assert site.connect().send(data).reply().status
+    site.connect().send(site.http(good, Content_Length="999")).say_no_more().reply().refusal(400)
+    site.connect(secure=False).send(site.http(good)).file.read()
+    site.llm.refuses = RequestError(f"you said {word}", word)
+    site.post(good)
+    text = "\n".join(record.getMessage() for record in site.close())
+    assert text.count(" status=") == 22
+    assert not re.search(f"canary|yranac|{site.secret[6:]}|{site.secret[:5:-1]}", text, re.IGNORECASE)
+
+
+def test_curl_gets_an_answer_as_documented_and_reads_refusals(site, pair, tmp_path):
+    large = tmp_path / "large.json"
+    large.write_bytes(HELLO.ljust(3_000_000))
+    common = ["curl", "-sS", "--noproxy", "*", "-w", "\n%{http_code}", "-H", "Content-Type: application/json"]
+    common += [f"https://localhost:{site.port}/v1/completions"]
+
+    def curl(*arguments: str) -> tuple[int, dict]:
+        done = subprocess.run([*common, *arguments], capture_output=True, text=True, timeout=60, check=True)
+        body, status = done.stdout.rsplit("\n", 1)
+        return int(status), json.loads(body)
+
+    key, upload = ["-H", f"X-API-Key: {site.secret}"], ["--data-binary", f"@{large}"]
+    prompt = ["-d", '{"prompt": "Hello, world!", "max_tokens": 512}']
+    for trust in (["--cacert", str(pair[0])], ["-k"]):
+        status, body = curl(*trust, *key, *prompt)
+        assert (status, body["model"], body["responses"]) == (200, "phi-3-vision", ["!dlrow ,olleH"])
+    assert curl("-k", *prompt)[0] == 401
+    assert curl("-k", *key, *upload)[0] == curl("-k", *key, *upload, "-H", "Expect:")[0] == 413
+    assert curl("-k", *key, *prompt, "-H", "Transfer-Encoding: chunked")[0] == 411
+
+
+def test_usage_that_cannot_be_written_does_not_cost_the_answer(site, monkeypatch):
+    def full(*_):
+        raise Unavailable("the disk is full")
+
+    monkeypatch.setattr(site.keys, "record", full)
+    assert site.post().status == 200
+
+
+def test_a_key_that_was_put_into_the_path_is_not_logged(site):
+    site.post(request=f"GET /{site.secret}", body=b"").refusal(404)
+    assert 'path="/phi3v_…"' in site.line()
