@@ -42,9 +42,9 @@ $(VENV)/ready: pyproject.toml
 	    12) extra=cuda12;; 1[3-9]) extra=cuda13;; *) extra=cpu;; \
 	  esac; \
 	fi; \
-	echo "installing phi3v$${extra:+ with MLX's $$extra backend} into $(VENV), once ..."; \
+	echo "installing phi3v$${extra:+ with MLX's $$extra backend} into $(VENV): about a minute, once ..."; \
 	$(BIN)/python -m pip install --quiet --upgrade pip && \
-	$(BIN)/python -m pip install --editable ".$${extra:+[$$extra]}"
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=compat --editable ".$${extra:+[$$extra]}"
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready

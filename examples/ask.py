@@ -37,3 +37,5 @@ if __name__ == "__main__":
         print(ask(sys.argv[1], sys.argv[2:]))
     except urllib.error.HTTPError as error:
         sys.exit(f"{error.code}: {json.load(error)['error']['message']}")
+    except OSError as error:  # no such picture, no server, a certificate that is not to be trusted
+        sys.exit(f"ask.py: {error}")

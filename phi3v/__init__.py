@@ -30,7 +30,8 @@ def open_llm(model: str = "demo") -> "LLM":
         from .errors import SetupError
 
         raise SetupError(
-            f"MLX has no backend here ({error}): install one with pip install 'phi3v[cpu]', or [cuda12], [cuda13]"
+            "MLX has no backend here: install phi3v's extra cpu, cuda12 or cuda13, or what it stands for, as in"
+            f" pip install 'mlx[cpu]' ({error})"
         ) from None
     from .llm import LLM
 

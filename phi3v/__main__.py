@@ -9,11 +9,14 @@ import json
 import logging
 import logging.handlers
 import os
+import queue
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -30,6 +33,8 @@ EXAMPLE = Path(__file__).parent / "demo" / "red-circle.png"
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 for an error, 2 for wrong usage."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show "…" shows "?"
     parser = _parser()
     arguments = parser.parse_args(argv)
     if not hasattr(arguments, "run"):
@@ -37,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return 0
     except (SetupError, RequestError) as error:
         print(f"phi3v: {error}", file=sys.stderr)
@@ -59,37 +65,39 @@ def serve(arguments: argparse.Namespace) -> None:
 
     if not arguments.host:
         raise SetupError("--host is empty: 127.0.0.1 is this machine only, 0.0.0.0 the whole network")
-    _start_log(arguments)
-    log = logging.getLogger("phi3v")
-    for notice in tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host):
-        log.warning(notice)
-    context = tls.server_context(arguments.certfile, arguments.keyfile)
-    limits = {"max_content_length": arguments.max_content_length, "max_tokens": arguments.max_tokens}
-    with closing(KeyStore(arguments.db)) as keys, open_llm(arguments.model) as llm:
-        try:
-            server = Server((arguments.host, arguments.port), context, llm, keys, **limits)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SetupError(f"cannot listen on {arguments.host} port {arguments.port}: {reason}") from None
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
-        llm.wait()
-        _say_hello(arguments, llm.checkpoint, keys, server.server_address[1])
-        _wait_for_signal()
-        print("phi3v: finishing the running requests; a second Ctrl-C ends at once", file=sys.stderr)
-        server.stop()
+    with open_llm(arguments.model) as llm:  # first: what is no model must leave no files behind
+        log_file = _start_log(arguments)
+        notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
+        context = tls.server_context(arguments.certfile, arguments.keyfile)
+        limits = {"max_content_length": arguments.max_content_length, "max_tokens": arguments.max_tokens}
+        with closing(KeyStore(arguments.db)) as keys:
+            try:
+                server = Server((arguments.host, arguments.port), context, llm, keys, **limits)
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise SetupError(f"cannot listen on {arguments.host} port {arguments.port}: {reason}") from None
+            for notice in notices:
+                logging.getLogger("phi3v").warning(notice)
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+            llm.wait()
+            signals = _catch_signals()
+            _say_hello(arguments, llm.checkpoint, keys, log_file, server.server_address[1])
+            signals.get()
+            print("phi3v: finishing the running requests; a second Ctrl-C ends at once", file=sys.stderr)
+            server.stop()
 
 
-def _wait_for_signal() -> None:
-    """Return at SIGINT or SIGTERM; a second one has its ordinary effect."""
-    stop = threading.Event()
+def _catch_signals() -> queue.SimpleQueue:
+    """A queue that gets the first SIGINT or SIGTERM; the second one has its ordinary effect."""
+    received: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
 
     def receive(number: int, _) -> None:
         signal.signal(number, signal.SIG_DFL)
-        stop.set()
+        received.put(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, receive)
-    stop.wait()
+    return received
 
 
 def create(arguments: argparse.Namespace) -> None:
@@ -138,9 +146,11 @@ def generate(arguments: argparse.Namespace) -> None:
             raise SetupError(f"there is no picture {path}")
     show = sys.stderr.isatty()
     with open_llm(arguments.model) as llm:
-        print(f"loading {llm.checkpoint} …", end="\r" if show else "", file=sys.stderr) if show else None
+        if show:
+            print(f"loading {llm.checkpoint} …", end="\r", file=sys.stderr)
         llm.wait()
-        print("\x1b[K", end="", file=sys.stderr) if show else None
+        if show:
+            print("\x1b[K", end="", file=sys.stderr)
         params = {"max_tokens": arguments.max_tokens, "num_crops": arguments.num_crops}
         with llm.stream(_text(os.fsencode(arguments.prompt)), arguments.image, **params) as deltas:
             if arguments.json:
@@ -154,7 +164,7 @@ def generate(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phi3v", description="Phi-3-Vision on MLX: a secure server and command line.")
     parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
     def command(run, name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -186,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub_ in (update_, delete_):
         sub_.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
     for sub_ in (sub, create_, list_, update_, delete_):
-        _option(sub_, "--db", default="keys.db", help="the file that holds the keys (keys.db)")
+        _option(sub_, "--db", default="keys.db", help="the file that holds the keys")
     sub = command(generate, "generate", "answer one prompt in the terminal")
     sub.add_argument("prompt")
     sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
@@ -200,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
 def _option(parser: argparse.ArgumentParser, flag: str, **kwargs) -> None:
     """An option whose default the environment may set: --log-file reads PHI3V_LOG_FILE."""
     variable = "PHI3V_" + flag.strip("-").upper().replace("-", "_")
+    kwargs["help"] = f"{kwargs.get('help', '')} ({kwargs['default']}; {variable})".strip()
     kwargs["default"] = os.environ.get(variable) or kwargs["default"]
     parser.add_argument(flag, **kwargs)
 
@@ -249,9 +260,10 @@ def _date(seconds: float | None) -> str:
     return "–" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def _start_log(arguments: argparse.Namespace) -> None:
-    """Everything to the log file, warnings to stderr as well."""
+def _start_log(arguments: argparse.Namespace) -> Path | None:
+    """Everything to the log file, warnings to stderr as well; returns the file, None if it cannot be written."""
     log = logging.getLogger("phi3v")
+    warnings.filterwarnings("ignore", module="PIL")  # they quote what clients sent, a line for each new wording
     try:
         log.setLevel(arguments.log_level.upper())
     except ValueError as error:  # argparse checks the flag, not the variable
@@ -266,35 +278,36 @@ def _start_log(arguments: argparse.Namespace) -> None:
         )
     except OSError as error:
         log.warning("cannot write %s: %s; serving without a log file", arguments.log_file, error.strerror)
-        return
+        return None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    return Path(arguments.log_file).absolute()
 
 
-def _say_hello(arguments: argparse.Namespace, checkpoint: str, keys: KeyStore, port: int) -> None:
-    local = arguments.host in ("127.0.0.1", "localhost", "0.0.0.0", "::", "::1")
-    url = f"https://{'localhost' if local else arguments.host}:{port}"
+def _say_hello(arguments: argparse.Namespace, checkpoint: str, keys: KeyStore, log_file: Path | None, port: int):
+    """What a person needs to know: where it is, which model answers, where things lie, and a line to try it."""
+    name, certificate = tls.public_name(arguments.host), Path(arguments.certfile).absolute()
+    everyone = arguments.host in ("0.0.0.0", "::")
+    here = "localhost" if everyone else f"[{name}]" if ":" in name else name
     demo = " (the small embedded demo, not Phi-3.5-vision)" if arguments.model == "demo" else ""
-    print(f"phi3v {__version__} answers at {url}")
+    print(f"phi3v {__version__} answers at https://{here}:{port}")
     print(f"model {checkpoint}{demo}")
-    print(f"keys in {keys.path}, log in {Path(arguments.log_file).absolute()}")
+    print(f"keys in {keys.path}, log in {log_file or 'no file'}")
     if sys.platform == "linux":
         print(f"matrix products by {fast_blas() or 'the slow BLAS of the MLX wheel: README says how to get OpenBLAS'}")
-    if arguments.host in ("0.0.0.0", "::"):
-        name = next(n for n in tls.host_names() if n.endswith(".local"))
-        print(f"others on this network: https://{name}:{port}, with the certificate {arguments.certfile}")
-        print(f"whose SHA-256 fingerprint is {tls.fingerprint(arguments.certfile)}")
+    if everyone:
+        print(f"others on this network: https://{name}:{port}, with a copy of {certificate}")
+        print(f"whose SHA-256 fingerprint is {tls.fingerprint(certificate)}")
     secret = "YOUR_API_KEY"
-    if not keys.list():
-        if arguments.first_key:
-            _, secret = keys.create("first")
-            print(f"\nyour API key, shown only this once:\n{secret}")
-        else:
-            print("there is no API key yet; make one with: phi3v create --name NAME")
+    if not keys.list() and arguments.first_key:
+        _, secret = keys.create("first")
+        print(f"\nyour API key, shown only this once:\n{secret}")
+    else:
+        print(f"to make {'another' if keys.list() else 'a first'} API key: phi3v create --name NAME --db {keys.path}")
     picture = base64.b64encode(EXAMPLE.read_bytes()).decode()
     body = json.dumps({"prompt": QUESTION, "images": [picture]})
     print(
-        f"\ntry it:\ncurl --cacert {Path(arguments.certfile).absolute()} {url}/v1/completions"
+        f"\ntry it:\ncurl --cacert {shlex.quote(str(certificate))} https://{here}:{port}/v1/completions"
         f" -H 'Content-Type: application/json' -H 'X-API-Key: {secret}' -d '{body}'\n",
         flush=True,
     )

@@ -4,12 +4,12 @@ Knows nothing of text, files or HTTP. MLX's streams belong to threads, so the mo
 on the engine's own; requests reach it through a queue and get their tokens through another.
 """
 
+import atexit
 import logging
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -22,7 +22,6 @@ from .model import Phi3V
 MLX = threading.Lock()
 MAX_BATCH = 32  # sequences decoded together, as many as one request may bring
 MAX_QUEUE = 128  # sequences waiting or running; beyond it a client is better told than kept waiting
-RETRY_AFTER = 5  # seconds a refused client is asked to wait
 
 log = logging.getLogger("phi3v")
 
@@ -84,15 +83,16 @@ class Engine:
 
     def __init__(self, load: Callable[[], Phi3V], max_batch: int = MAX_BATCH, max_queue: int = MAX_QUEUE):
         self._load, self._max_batch, self._max_queue = load, max_batch, max_queue
-        self._admission = threading.Lock()  # guards the inbox's end, the count and `_closing`; never held for long
-        self._inbox: queue.SimpleQueue[list[_Sequence] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()  # guards these three; never held during a step, or nobody could submit
+        self._arrived: list[_Sequence] = []
         self._count = 0
         self._closing = False
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: list[_Sequence] = []
         self._batches: dict[bool, _Batch] = {}  # by rope regime: one pass has one set of frequencies
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        atexit.register(self.close)  # a daemon's step that outlives the interpreter ends in a crash
         self._thread.start()
 
     @property
@@ -112,22 +112,26 @@ class Engine:
 
     def submit(self, prompts: list[Prompt]) -> Generation:
         """Queue prompts that start together; raises Unavailable when the engine cannot take them."""
+        if len(prompts) > self._max_queue:
+            raise RequestError(f"{len(prompts)} prompts at once, at most {self._max_queue} may be", "prompt")
         generation = Generation(len(prompts))
-        with self._admission:
+        with self._changed:
             if self.status != "ok":
-                raise _unavailable(f"the model is {self.status}")
+                raise Unavailable(f"the model is {self.status}")
             if self._count + len(prompts) > self._max_queue:
-                raise _unavailable(f"{self._count} sequences wait or run, at most {self._max_queue} may")
+                raise Unavailable(f"{self._count} sequences wait or run, at most {self._max_queue} may")
             self._count += len(prompts)
-            self._inbox.put([_Sequence(p, i, generation) for i, p in enumerate(prompts)])
+            self._arrived += [_Sequence(p, i, generation) for i, p in enumerate(prompts)]
+            self._changed.notify()
         return generation
 
     def close(self) -> None:
         """End the thread; what still runs fails with Unavailable."""
-        with self._admission:
+        with self._changed:
             self._closing = True
-        self._inbox.put(None)
+            self._changed.notify()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _run(self) -> None:
         try:
@@ -144,22 +148,18 @@ class Engine:
         except BaseException as error:
             log.critical("the engine has failed", exc_info=True)
             self._failure = error
-        with self._admission:  # nothing can be submitted after this
+        with self._changed:  # nothing can be submitted after this
             self._closing = True
-        while not self._inbox.empty():
-            self._waiting += self._inbox.get() or []
-        self._fail(self._failure or _unavailable("the model is shutting down"))
+            self._waiting += self._arrived
+        self._fail(self._failure or Unavailable("the model is shutting down"))
 
     def _receive(self) -> bool:
         """Take what was submitted, sleeping while there is nothing to do; False when the engine is to end."""
-        while True:
-            try:
-                arrived = self._inbox.get(block=not (self._waiting or self._batches))
-            except queue.Empty:
-                return True
-            if arrived is None:
-                return False
-            self._waiting += arrived
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._waiting or self._batches or self._closing)
+            self._waiting += self._arrived
+            self._arrived = []
+            return not self._closing
 
     def _step(self, model: Phi3V) -> None:
         """Read one waiting prompt, then make one token for every running sequence."""
@@ -168,7 +168,10 @@ class Engine:
                 self._drop_cancelled()
                 running = sum(len(b.sequences) for b in self._batches.values())
                 if self._waiting and running < self._max_batch:
-                    self._prefill(model, self._waiting.popleft())
+                    # What was running already, then first prompts: a request of many must not hold up all others.
+                    first = min(self._waiting, key=lambda s: (not s.made, s.index))
+                    self._waiting.remove(first)
+                    self._prefill(model, first)
                 for long in list(self._batches):
                     self._decode(model, long)
         except Exception as error:
@@ -180,6 +183,8 @@ class Engine:
         try:
             if sequence.features is None:
                 sequence.features = [model.image_features(crops) for crops in sequence.prompt.images]
+                mx.eval(sequence.features)
+                sequence.prompt = replace(sequence.prompt, images=[])  # the pixels are not needed again
             cache = KVCache(model.config.num_hidden_layers)
             long = model.config.is_long(sequence.length)
             logits = model.prefill(model.embed(sequence.prompt.ids + sequence.made, sequence.features), cache)
@@ -191,10 +196,10 @@ class Engine:
             self._end(sequence, error)
 
     def _decode(self, model: Phi3V, long: bool) -> None:
-        """One token for each sequence of a batch, but those that outgrow its regime go back to the queue's front."""
+        """One token for each sequence of a batch, but those that outgrow its regime are to be read anew."""
         batch = self._batches[long]
         outgrown = [s for s in batch.sequences if model.config.is_long(s.length) != long]
-        self._waiting.extendleft(reversed(outgrown))
+        self._waiting += outgrown
         self._keep(long, [s for s in batch.sequences if s not in outgrown])
         if batch.sequences:
             logits = model.decode([s.made[-1] for s in batch.sequences], batch.cache, long)
@@ -223,7 +228,7 @@ class Engine:
         for sequence in self._known():
             if sequence.generation.cancelled:
                 self._end(sequence, (sequence.index, None, "cancelled"))
-        self._waiting = deque(s for s in self._waiting if not s.done)
+        self._waiting = [s for s in self._waiting if not s.done]
         for long in list(self._batches):
             self._keep(long, [s for s in self._batches[long].sequences if not s.done])
 
@@ -241,7 +246,7 @@ class Engine:
         if not sequence.done:
             sequence.done = True
             sequence.features = None  # freed on this thread, not on the request's
-            with self._admission:
+            with self._changed:
                 self._count -= 1
             sequence.generation._items.put(item)
 
@@ -264,7 +269,3 @@ class _Batch:
         if 0 < len(sequences) < len(self.sequences):
             self.cache.keep([i for i, s in enumerate(self.sequences) if s in sequences])
         self.sequences = sequences
-
-
-def _unavailable(reason: str) -> Unavailable:
-    return Unavailable(f"{reason}; try again in {RETRY_AFTER} s", headers={"Retry-After": str(RETRY_AFTER)})

@@ -57,6 +57,10 @@ class RateLimited(RequestError):
 class Unavailable(RequestError):
     status, type = 503, "service_unavailable_error"
 
+    def __init__(self, message: str, retry_after: int = 5):
+        """`retry_after`: the seconds a client is asked to wait."""
+        super().__init__(f"{message}; try again in {retry_after} s", headers={"Retry-After": str(retry_after)})
+
 
 class SetupError(Exception):
     """The program cannot start or go on as it was asked to: one line for a person, exit status 1."""

@@ -1,12 +1,13 @@
 """Image bytes → HD crops, as Phi-3-vision's own preprocessor makes them (numpy and Pillow only).
 
-Knows nothing of tokens' text or of the model. Every limit is checked on the header, before decoding.
+Knows nothing of tokens' text or of the model. Size and kind are checked on the header, before decoding.
 """
 
 import io
 import math
 import os
 import threading
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,11 @@ ROW = 12  # tokens of a crop's row; every row of the assembled picture ends with
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # SVG and EPS run programs, the rest nobody sends
 MAX_SIDE = 16_384  # pixels
 MAX_ASPECT = 50  # beyond it a picture is a line after the HD transform
-MAX_PIXELS = 16_000_000  # decoded at 3 bytes: 48 MB
+MAX_PIXELS = 16_000_000  # decoded at 3 or 4 bytes, and once more when its mode or orientation changes
 MAX_JPEG_PIXELS = 64_000_000  # phones make 48-megapixel JPEGs, which libjpeg scales down while decoding
-DECODES = threading.Semaphore(2)  # two decodes at once bound the memory that pictures take before the queue
+MAX_SCANS = 64  # of a progressive JPEG, which has some 10: each is decoded over the whole picture
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits above are tighter than Pillow's
+DECODES = threading.Semaphore(2)  # two decodes at once bound the memory they take
 # OpenAI's CLIP statistics, RGB, the same in every Phi-3-vision preprocessor_config.json
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -74,6 +77,8 @@ def load(source) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source), formats=FORMATS) as image:
             is_jpeg = image.format == "JPEG"
+            if is_jpeg and bytes(source).count(b"\xff\xda") > MAX_SCANS:
+                raise RequestError(f"the JPEG has more than {MAX_SCANS} scans: save it again without progressive mode")
             _check_size(*image.size, MAX_JPEG_PIXELS if is_jpeg else MAX_PIXELS)
             if is_jpeg and math.prod(image.size) > MAX_PIXELS:
                 image.draft("RGB", (image.width // 2, image.height // 2))  # changes pixels, so only when it must
@@ -135,10 +140,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)  # a phone's photo lies on its side until its orientation is applied
     if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise RequestError("pictures with 32 bits a channel have no set white: save it with 8 or 16")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
     return image.convert("RGB")
 
 

@@ -19,11 +19,11 @@ class KVCache:
     rows start later, so that a step writes one column for all of them.
     """
 
-    def __init__(self, layers: int, rows: int = 1):
+    def __init__(self, layers: int):
         self.keys: list[mx.array | None] = [None] * layers
         self.values: list[mx.array | None] = [None] * layers
         self.length = 0
-        self.padding = [0] * rows
+        self.padding = [0]
 
     def append(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write (rows, kv_heads, n, head_dim) behind column `length`; returns all so far. `advance` ends the step."""

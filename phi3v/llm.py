@@ -8,8 +8,10 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import NoneType
 
 from . import images, model
 from .engine import Engine, Generation, Prompt
@@ -31,11 +33,14 @@ class LLM:
     def __init__(self, name: str = "demo"):
         folder = _find(name)
         self.checkpoint = _checkpoint_name(name, folder)
-        self.config = model.Config.read(folder)
-        self.tokenizer = Tokenizer(folder)
-        self._num_crops, ends = _folder_defaults(folder)
+        with _told(folder):
+            self.config = model.Config.read(folder)
+            self.tokenizer = Tokenizer(folder)
+            if self.tokenizer.largest_id >= self.config.vocab_size:
+                raise SetupError(f"{folder}: tokenizer.json has ids beyond the model's {self.config.vocab_size}")
+            self._num_crops, ends = _folder_defaults(folder)
         self._end_ids = self.tokenizer.end_ids | ends
-        self._engine = Engine(partial(model.load, folder, self.config))
+        self._folder, self._engine = folder, Engine(partial(model.load, folder, self.config))
 
     def __enter__(self) -> "LLM":
         return self
@@ -50,7 +55,8 @@ class LLM:
 
     def wait(self) -> None:
         """Return when the model is loaded; raise SetupError when it cannot be."""
-        self._engine.wait()
+        with _told(self._folder):
+            self._engine.wait()
 
     def generate(self, prompt: str | list[str], images: list | None = None, **params) -> str | list[str]:
         """The whole answer, or a list of them for a list of prompts, which run as one batch.
@@ -58,8 +64,8 @@ class LLM:
         `images` holds paths, bytes, PIL images or data: URLs; for a list of prompts one such list for each.
         `params` are the fields of SamplingParams. Raises RequestError for what cannot be answered.
         """
-        texts = [""] * (1 if isinstance(prompt, str) else len(prompt))
         with self.stream(prompt, images, **params) as deltas:
+            texts = [""] * (1 if isinstance(prompt, str) else len(prompt))
             for delta in deltas:
                 texts[delta.index] += delta.text
         return texts[0] if isinstance(prompt, str) else texts
@@ -67,24 +73,30 @@ class LLM:
     def stream(self, prompt: str | list[str], images: list | None = None, **params) -> "Deltas":
         """The answer as it is made. The arguments are those of `generate`; all errors of theirs are raised here."""
         several = not isinstance(prompt, str)
+        if not isinstance(prompt, str | list | tuple) or not isinstance(images, list | tuple | NoneType):
+            given = f"{type(prompt).__name__} and {type(images).__name__}"
+            raise TypeError(f"prompt must be a string or a list of strings, images a list of pictures, not {given}")
         prompts = list(prompt) if several else [prompt]
         pictures = list(images or []) if several else [list(images or [])]
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise TypeError("prompt must be a string or a list of at least one")
         if len(pictures) not in (0, len(prompts)):
             raise TypeError(f"images must hold {len(prompts)} lists, one for each prompt, not {len(pictures)}")
+        if "" in prompts:
+            raise RequestError("prompt is empty", "prompt")
         request = Request(prompts, pictures or [[]] * len(prompts), SamplingParams(**params))
         return self.answer(request)
 
     def answer(self, request: Request) -> "Deltas":
         """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them."""
-        prompts = []
+        prompts, room = [], self.config.max_position_embeddings
         for i, (text, sources) in enumerate(zip(request.prompts, request.images, strict=True)):
             where = f"images[{i}]" if len(request.prompts) > 1 else "images"
             crops = [self._crops(source, request.params, f"{where}[{k}]") for k, source in enumerate(sources)]
-            ids = self.tokenizer.encode(self.tokenizer.prompt(text, len(crops)), [c.tokens for c in crops])
+            ids = self.tokenizer.encode(self.tokenizer.prompt(text, len(crops)), [c.tokens for c in crops], room)
             prompts.append(Prompt(ids, crops, self._room(len(ids), request.params.max_tokens), self._end_ids))
-        return Deltas(self._engine.submit(prompts), prompts, [self.tokenizer.decoder() for _ in prompts])
+        lengths, decoders = [len(p.ids) for p in prompts], [self.tokenizer.decoder() for _ in prompts]
+        return Deltas(self._engine.submit(prompts), lengths, decoders)
 
     def close(self) -> None:
         """Free the model; requests that still run fail."""
@@ -112,15 +124,17 @@ class LLM:
 
 
 class Deltas:
-    """The pieces of a request's answers as they come: an iterator, and a context manager that cancels on leaving."""
+    """The pieces of a request's answers as they come: an iterator, and a context manager that cancels on leaving.
 
-    def __init__(self, generation: Generation, prompts: list[Prompt], decoders: list[Decoder]):
-        self._generation, self._prompts, self._decoders = generation, prompts, decoders
-        self._made = [0] * len(prompts)
-        self._pieces = self._iterate()
+    One that is dropped, as by `break` in a `for` loop, cancels too.
+    """
 
-    def __iter__(self) -> Iterator[Delta]:
-        return self._pieces
+    def __init__(self, generation: Generation, lengths: list[int], decoders: list[Decoder]):
+        self._generation = generation
+        self._pieces = _pieces(generation, lengths, decoders)
+
+    def __iter__(self) -> "Deltas":
+        return self
 
     def __next__(self) -> Delta:
         return next(self._pieces)
@@ -131,18 +145,21 @@ class Deltas:
     def __exit__(self, *_) -> None:
         self._generation.cancel()
 
-    def _iterate(self) -> Iterator[Delta]:
-        for index, token, reason in self._generation:
-            decoder = self._decoders[index]
-            text = ""
-            if token is not None:
-                self._made[index] += 1
-                text = decoder.push(token)
-            if reason:
-                text += decoder.finish()
-                yield Delta(index, text, reason, len(self._prompts[index].ids), self._made[index])
-            elif text:
-                yield Delta(index, text)
+    __del__ = __exit__
+
+
+def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder]) -> Iterator[Delta]:
+    made = [0] * len(lengths)
+    for index, token, reason in generation:
+        text = ""
+        if token is not None:
+            made[index] += 1
+            text = decoders[index].push(token)
+        if reason:
+            text += decoders[index].finish()
+            yield Delta(index, text, reason, lengths[index], made[index])
+        elif text:
+            yield Delta(index, text)
 
 
 def _find(name: str) -> Path:
@@ -168,6 +185,17 @@ def _find(name: str) -> Path:
         ) from None
 
 
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Whatever else a folder's files make go wrong is one line for a person, too."""
+    try:
+        yield
+    except SetupError:
+        raise
+    except Exception as error:
+        raise SetupError(f"{folder} cannot be loaded: {type(error).__name__}: {str(error)[:200]}") from error
+
+
 def _checkpoint_name(name: str, folder: Path) -> str:
     """What `system_fingerprint` says: demo-VERSION, the folder's name, or hub id and revision."""
     if folder == DEMO:
@@ -186,7 +214,7 @@ def _folder_defaults(folder: Path) -> tuple[int, frozenset[int]]:
             found.append(json.loads(path.read_bytes()) if path.exists() else {})
         except (OSError, ValueError):
             raise SetupError(f"{path} is not JSON") from None
-    crops, ends = found[0].get("num_crops", 4), found[1].get("eos_token_id") or []
+    crops, ends = found[0].get("num_crops") or 4, found[1].get("eos_token_id") or []
     ends = frozenset([ends] if isinstance(ends, int) else ends)
     SamplingParams(num_crops=crops)
     return crops, ends

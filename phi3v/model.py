@@ -7,7 +7,7 @@ import json
 import math
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,9 +24,9 @@ MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limi
 DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 DTYPE_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8}
 PATCH_WEIGHT = "model.vision_embed_tokens.img_processor.vision_model.embeddings.patch_embedding.weight"
-# Tensors that checkpoints carry and nothing reads: buffers of old transformers, a fine-tuning's leftovers, the top
-# of CLIP's tower, whose output Phi-3-V does not take.
-UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encoder\.layers\.\d+\.|inv_freq$")
+# Tensors that checkpoints carry and nothing reads: buffers of old transformers, a fine-tuning's leftovers, and the top
+# of CLIP's tower (the number is the layer's), whose output Phi-3-V does not take.
+UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encoder\.layers\.(\d+)\.|inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,14 @@ class Config:
         return config
 
     def _check(self, path: Path, rope_type: str, raw: dict) -> None:
+        for part in (self, self.vision):
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if field.type in (int, float) and field.name != "layer_idx":
+                    if type(value) not in (int, field.type) or not 0 < value < math.inf:
+                        raise SetupError(f"{path}: {field.name} is {value!r}, not a number above 0")
+            if part.hidden_size % part.num_attention_heads:
+                raise SetupError(f"{path}: hidden_size {part.hidden_size} is no multiple of num_attention_heads")
         supported = {
             "rope_scaling type": (rope_type, ("su", "longrope", "none")),
             "hidden_act": (raw.get("hidden_act", "silu"), ("silu",)),
@@ -172,12 +180,12 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
         dtype = mx.float32
     _quantize(model, {name: info["shape"] for header in tensors for name, info in header.items()}, folder)
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
-    _check_names(wanted, names, folder)
+    _check_names(wanted, names, model.config.vision.layers_used, folder)
     weights = {}
     for path in paths:
         for name, array in mx.load(str(path)).items():
             if name in wanted:
-                weights[name] = _convert(name, array, wanted[name].shape, dtype, path)
+                weights[name] = _convert(name, array, wanted[name], dtype, path)
     model.load_weights(list(weights.items()))
     model.eval()
     mx.eval(model.parameters())
@@ -214,13 +222,16 @@ def _check_safetensors(path: Path) -> dict[str, dict]:
                 raise ValueError(f"its header of {length:,} bytes does not fit in {size:,}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        for name, info in header.items():
+        position = 0  # the format allows neither holes nor overlaps
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = info["data_offsets"]
-            bits = math.prod(info["shape"]) * DTYPE_BITS[info["dtype"]]
-            if not 0 <= begin <= end <= size - 8 - length:
+            if begin != position or not begin <= end:
+                raise ValueError(f"{name} lies at {begin}, behind what ends at {position}")
+            if end > size - 8 - length:
                 raise ValueError(f"{name} ends at byte {8 + length + end:,} of {size:,}; the file was cut off")
-            if (end - begin) * 8 != bits:
-                raise ValueError(f"{name} has {end - begin} bytes, its shape needs {bits // 8}")
+            if (end - begin) * 8 != math.prod(info["shape"]) * DTYPE_BITS[info["dtype"]]:
+                raise ValueError(f"{name} has {end - begin} bytes, which its shape and type do not need")
+            position = end
     except OSError as error:
         raise SetupError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -248,18 +259,22 @@ def _quantize(model: Phi3V, shapes: dict[str, list[int]], folder: Path) -> None:
             raise SetupError(f"{folder}: this quantisation is not supported by MLX: {error}") from None
 
 
-def _check_names(wanted: dict[str, mx.array], names: dict[str, Path], folder: Path) -> None:
+def _check_names(wanted: dict[str, mx.array], names: dict[str, Path], layers_used: int, folder: Path) -> None:
     missing = sorted(wanted.keys() - names.keys())
     if missing:
         raise SetupError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}")
-    surplus = sorted(n for n in names.keys() - wanted.keys() if not UNREAD.search(n))
+    unread = ((name, UNREAD.search(name)) for name in names.keys() - wanted.keys())
+    surplus = sorted(name for name, found in unread if not found or int(found[1] or 99) < layers_used)
     if surplus:
         raise SetupError(f"{folder} has {len(surplus)} tensors that Phi-3-vision has no place for, first {surplus[0]}")
 
 
-def _convert(name: str, array: mx.array, shape: tuple[int, ...], dtype: mx.Dtype | None, path: Path) -> mx.array:
-    if name == PATCH_WEIGHT and array.ndim == 4 and array.shape[-1] != shape[-1]:
+def _convert(name: str, array: mx.array, like: mx.array, dtype: mx.Dtype | None, path: Path) -> mx.array:
+    if name == PATCH_WEIGHT and array.ndim == 4 and array.shape[-1] != like.shape[-1]:
         array = array.moveaxis(1, -1)  # torch has the channels second, MLX last
-    if array.shape != shape:
-        raise SetupError(f"{path}: {name} has shape {array.shape}, config.json asks for {shape}")
-    return array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array
+    if array.shape != like.shape:
+        raise SetupError(f"{path}: {name} has shape {array.shape}, config.json asks for {like.shape}")
+    floats = mx.issubdtype(array.dtype, mx.floating)
+    if floats != mx.issubdtype(like.dtype, mx.floating) or (not floats and array.dtype != like.dtype):
+        raise SetupError(f"{path}: {name} holds {array.dtype}, which is no weight's type here")
+    return array.astype(dtype) if dtype is not None and floats else array

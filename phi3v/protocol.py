@@ -12,8 +12,9 @@ from .errors import RequestError
 from .request import DEFAULT_MAX_TOKENS, Delta, Request, SamplingParams, check_whole, image_bytes
 
 MODEL = "phi-3-vision"  # the documented name, whatever checkpoint answers
-MAX_PROMPTS = 32  # sequences of one request: more would hold the whole batch
+MAX_PROMPTS = 32  # sequences of one request: a full batch
 MAX_IMAGES = 16  # pictures of one prompt; at 2,509 tokens each they fill a third of the context
+MAX_PICTURES = 32  # of one request: each is up to 23 MB of crops until its turn comes
 MAX_DEPTH = 32  # of the JSON; ours needs 4
 
 
@@ -60,6 +61,8 @@ def parse_completion(body: dict, max_tokens: int) -> Request:
         raise RequestError(f"images must be a list of {len(prompts)} lists, one for each prompt, not {given}", "images")
     else:
         images = [_images(row, f"images[{i}]") for i, row in enumerate(images)]
+        if sum(map(len, images)) > MAX_PICTURES:
+            raise RequestError(f"images has {sum(map(len, images))} pictures, at most {MAX_PICTURES} may be", "images")
     check_whole("max_tokens", body.get("max_tokens"), 1, max_tokens)
     params = {name: body[name] for name in SamplingParams.__dataclass_fields__ if name in body}
     if params.get("max_tokens") is None and max_tokens < DEFAULT_MAX_TOKENS:

@@ -1,7 +1,7 @@
 """What may be asked of the model, and the pieces in which the answer comes.
 
 Knows nothing of JSON, of files or of the model; a field added to SamplingParams is accepted by
-`LLM.stream`, the command line and the wire alike.
+`LLM.stream` and on the wire.
 """
 
 import base64
@@ -45,7 +45,7 @@ class Delta:
 
     index: int
     text: str = ""
-    finish_reason: str | None = None  # "stop": the model ended; "length": max_tokens were made
+    finish_reason: str | None = None  # "stop": the model ended; "length": max_tokens were made, "cancelled"
     prompt_tokens: int = 0
     completion_tokens: int = 0
 

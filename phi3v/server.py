@@ -16,17 +16,7 @@ import time
 import uuid
 from http.server import BaseHTTPRequestHandler
 
-from . import protocol
-from .errors import (
-    LengthRequired,
-    MethodNotAllowed,
-    NotFound,
-    RequestError,
-    SlowBody,
-    TooLarge,
-    Unauthorized,
-    UnsupportedType,
-)
+from . import errors, protocol
 
 TIMEOUT = 30  # seconds a client may be silent, in the handshake, in a request or between two
 MAX_DRAIN = 32 * 1024 * 1024  # bytes of a refused body that are read so that the client sees the reply
@@ -105,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self._begin()
         try:
             self._answer()
-        except RequestError as error:
+        except errors.RequestError as error:
             body = protocol.error(error.status, error.message, error.type, error.param)
             self._reply(error.status, body, error.headers)
         except Exception:
@@ -129,13 +119,14 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         methods = ROUTES.get(path)
         if methods is None:
-            raise NotFound(f"there is no {path!r:.200}; the routes are {', '.join(ROUTES)}")
+            raise errors.NotFound(f"there is no {path!r:.200}; the routes are {', '.join(ROUTES)}")
         method = "GET" if self.command == "HEAD" else self.command
         if method not in methods:
             allowed = ", ".join(methods)
-            raise MethodNotAllowed(f"{path} takes {allowed}, not {self.command}", headers={"Allow": allowed})
+            raise errors.MethodNotAllowed(f"{path} takes {allowed}, not {self.command}", headers={"Allow": allowed})
         if length is not None and length > self.server.max_content_length:
-            raise TooLarge(f"the body has {length:,} bytes, at most {self.server.max_content_length:,} are allowed")
+            most = self.server.max_content_length
+            raise errors.TooLarge(f"the body has {length:,} bytes, at most {most:,} are allowed")
         methods[method](self, length)
 
     def health(self, length: int | None) -> None:
@@ -145,9 +136,10 @@ class Handler(BaseHTTPRequestHandler):
     def completions(self, length: int | None) -> None:
         self._key = key = self.server.keys.verify(self._secret())
         if self.headers.get_content_type() != "application/json":
-            raise UnsupportedType("the Content-Type must be application/json")
+            given = self.headers.get("Content-Type", "missing")
+            raise errors.UnsupportedType(f"the Content-Type must be application/json, not {given!r:.100}")
         if length is None:
-            raise LengthRequired("the request needs a Content-Length; chunked bodies are not taken")
+            raise errors.LengthRequired("the request needs a Content-Length; chunked bodies are not taken")
         allowance = self.server.keys.take(key)
         self._allowance = allowance.headers()
         try:
@@ -156,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
                 body = protocol.completion_response(self._watched(deltas), self.server.llm.checkpoint)
             self._facts |= body["usage"]
         finally:
-            with contextlib.suppress(RequestError):  # logged by the store; the answer is not worth less for it
+            with contextlib.suppress(errors.RequestError):  # logged by the store; the answer is not worth less for it
                 counts = (self._facts.get(name, 0) for name in ("prompt_tokens", "completion_tokens"))
                 self.server.keys.record(key, *counts)
         self._reply(200, body)
@@ -171,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         secret = (self.headers.get("X-API-Key") or (token if scheme.lower() == "bearer" else "")).strip()
         if not secret:
-            raise Unauthorized("the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY")
+            raise errors.Unauthorized("the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY")
         return secret
 
     def _declared_length(self) -> int | None:
@@ -181,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         if chunked or given or self.command == "POST":
             self._unread = MAX_DRAIN  # where its body ends, and the next request begins, is not known yet
         if len(given) > 1 or (given and (chunked or not re.fullmatch(r"[0-9]{1,15}", given[0]))):
-            raise RequestError("Content-Length must be one decimal number, without Transfer-Encoding")
+            raise errors.RequestError("Content-Length must be one decimal number, without Transfer-Encoding")
         if given:
             self._unread = int(given[0])
         return self._unread if given else None
@@ -193,10 +185,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
             raw = self.rfile.read(length)
         except OSError:  # timed out, reset, or a broken TLS record: in the latter two nobody reads the reply
-            raise SlowBody(f"the body of {length:,} bytes did not arrive in time") from None
+            raise errors.SlowBody(f"the body of {length:,} bytes did not arrive in time") from None
         self._unread -= len(raw)
         if len(raw) < length:
-            raise RequestError(f"the body ended after {len(raw):,} of {length:,} bytes")
+            raise errors.RequestError(f"the body ended after {len(raw):,} of {length:,} bytes")
         return raw
 
     def handle_expect_100(self) -> bool:

@@ -8,6 +8,7 @@ certificate gets one, so that a kill between the two leaves nothing to repair by
 import calendar
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -47,6 +48,13 @@ def host_names(host: str = "localhost") -> list[str]:
     return [n for n in dict.fromkeys(names) if n and n not in ("0.0.0.0", "::", ".local")]
 
 
+def public_name(host: str) -> str:
+    """The name by which clients reach a server that listens on `host`."""
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname().split(".")[0].lower() + ".local"
+    return "localhost" if host in ("127.0.0.1", "::1") else host.lower()
+
+
 def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "localhost") -> list[str]:
     """Make the pair if there is none, renew our own expired one, leave any other alone.
 
@@ -59,9 +67,13 @@ def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "l
     if not key.exists():
         _write(key, 0o600, ["ecparam", "-name", "prime256v1", "-genkey", "-noout"])
     if cert.exists():
-        ours, left = _inspect(cert)
-        if left > WARN_SECONDS:
+        ours, left, names = _inspect(cert)
+        name = public_name(host)
+        if left > WARN_SECONDS and (name in names or "*." + name.partition(".")[2] in names):
             return []
+        if left > WARN_SECONDS:
+            advice = f"delete {cert.name} and {key.name} and start again" if ours else "have one made for it"
+            return [f"the certificate {cert} is not valid for {name}, clients will refuse it: {advice}"]
         if not ours or left > 0:
             state = f"ends in {max(left, 0) / 86400:.0f} days" if left > 0 else "has expired"
             advice = f"delete {cert.name} and start again" if ours else "put a new one in its place"
@@ -106,13 +118,17 @@ def _make_certificate(cert: Path, key: Path, names: list[str]) -> None:
         _write(cert, 0o644, [*request, "-passin", "pass:"])  # or openssl would ask for an encrypted key's password
 
 
-def _inspect(cert: Path) -> tuple[bool, float]:
-    """Whether we made this certificate, and the seconds until it ends."""
-    text = _openssl(["x509", "-in", str(cert), "-noout", "-subject", "-issuer", "-enddate", "-nameopt", "RFC2253"])
+def _inspect(cert: Path) -> tuple[bool, float, set[str]]:
+    """Whether we made this certificate, the seconds until it ends, and the names it is valid for."""
+    facts = ["-subject", "-issuer", "-enddate", "-nameopt", "RFC2253", "-text"]
+    text = _openssl(["x509", "-in", str(cert), "-noout", *facts])
+    names = set(re.findall(r"DNS:([^\s,]+)", text))
+    names |= {str(ipaddress.ip_address(address)) for address in re.findall(r"IP Address:([^\s,]+)", text)}
     found = {field: value.strip() for field, _, value in (line.partition("=") for line in text.splitlines())}
+    names = names or set(re.findall(r"CN=([^,]+)", found["subject"]))  # curl still takes such a one
     end = found["notAfter"].removesuffix(" GMT")
     left = calendar.timegm(time.strptime(end, "%b %d %H:%M:%S %Y")) - time.time()
-    return found["subject"] == found["issuer"] == f"CN=localhost,O={ORGANIZATION}", left
+    return found["subject"] == found["issuer"] == f"CN=localhost,O={ORGANIZATION}", left, names
 
 
 def _write(path: Path, mode: int, command: list[str]) -> None:

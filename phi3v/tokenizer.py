@@ -46,6 +46,7 @@ class Tokenizer:
             raise SetupError(f"{path} lacks {', '.join(missing)}: it is not a Phi-3 tokenizer")
         self.bos = self.special["<s>"]
         self.end_ids = frozenset(self.special[t] for t in END_TOKENS if t in self.special)
+        self.largest_id = max(0, *vocabulary.values(), *self.special.values())
         self._bytes = {i: _token_bytes(token) for token, i in vocabulary.items()}
         self._bytes |= {i: b"" for i in self.special.values()}
 
@@ -69,12 +70,15 @@ class Tokenizer:
             parts += [self.special[f"<|{role}|>"], "\n", *content, self.special["<|end|>"], "\n"]
         return [*parts, self.special["<|assistant|>"], "\n"]
 
-    def encode(self, parts: Parts, slots: list[int]) -> list[int]:
-        """Token ids, with −k repeated `slots[k-1]` times for picture k.
+    def encode(self, parts: Parts, slots: list[int], most: int) -> list[int]:
+        """Token ids, with −k repeated `slots[k-1]` times for picture k; RequestError when pictures take over `most`.
 
         As the reference does it, the text before, between and after pictures is encoded piece by piece,
         each piece with a <s> of its own, and within a piece each run between two special tokens.
         """
+        taken = sum(slots[-part - 1] for part in parts if not isinstance(part, str) and part < 0)
+        if taken > most:  # told before the list is made, which a short prompt can make of any length
+            raise RequestError(f"the pictures take {taken:,} tokens, the context has {most:,}", "images")
         ids, run = [self.bos], ""
         for part in [*parts, None]:  # None ends the last run
             if isinstance(part, str):
@@ -82,7 +86,8 @@ class Tokenizer:
                 continue
             if ids[-1] in self._swallows:
                 run = run.lstrip(WHITE_SPACE)
-            ids += self._plain.encode(run).ids if run else []
+            # The batch call, because it lets other threads run: a megabyte takes a second.
+            ids += self._plain.encode_batch_fast([run])[0].ids if run else []
             run = ""
             if part is not None:
                 ids += [part] if part >= 0 else [part] * slots[-part - 1] + [self.bos]

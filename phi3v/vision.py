@@ -7,31 +7,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size, done as the matrix product that it is."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = mx.zeros((config.hidden_size, config.patch_size, config.patch_size, config.num_channels))
-
-    def __call__(self, pixels: mx.array) -> mx.array:
-        """(crops, channels, side, side) → (crops, patches, hidden), row by row."""
-        crops, channels, side, _ = pixels.shape
-        out, patch = self.weight.shape[:2]
-        n = side // patch
-        patches = pixels.reshape(crops, channels, n, patch, n, patch).transpose(0, 2, 4, 3, 5, 1)
-        return patches.reshape(crops, n * n, -1) @ self.weight.reshape(out, -1).T
-
-
 class Embeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.class_embedding = mx.zeros(config.hidden_size)
-        self.patch_embedding = PatchEmbedding(config)
+        size, patch = config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, size, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        patches = self.patch_embedding(pixels.astype(self.class_embedding.dtype))
+        pixels = pixels.astype(self.class_embedding.dtype).moveaxis(1, -1)
+        patches = self.patch_embedding(pixels).flatten(1, 2)
         first = mx.broadcast_to(self.class_embedding, (len(patches), 1, patches.shape[-1]))
         x = mx.concatenate([first, patches], 1)
         return x + self.position_embedding(mx.arange(x.shape[1]))

@@ -62,8 +62,9 @@ def test_create_prints_the_key_alone_on_stdout_and_the_rest_on_stderr(run, tmp_p
     assert status == 0 and re.fullmatch(r"phi3v_[0-9A-Za-z]{36}\n", out)
     found = re.fullmatch(
         rf"phi3v: made a new database, {tmp_path}/keys\.db\n"
-        rf"phi3v: that is key ([0-9a-f]{{8}}) of {tmp_path}/keys\.db, shown only this once\n", err
-    )  # fmt: skip
+        rf"phi3v: that is key ([0-9a-f]{{8}}) of {tmp_path}/keys\.db, shown only this once\n",
+        err,
+    )
     assert found and run("list")[1].split()[11] == found[1]
     status, out, err = run("create", "--name", "second")
     assert status == 0 and len(out) == 43 and "made a new database" not in err and out.strip() not in err
@@ -83,12 +84,21 @@ def test_list_shows_a_table_or_json_and_never_a_key(run, key, tmp_path):
     found = json.loads(text)
     assert (status, err, found["db"]) == (0, "", path)
     assert [(k["id"], k["name"], k["rate_limit"]) for k in found["keys"]] == [
-        (columns[0][0], "app", 100), (columns[1][0], "München 2", 7)
-    ]  # fmt: skip
+        (columns[0][0], "app", 100),
+        (columns[1][0], "München 2", 7),
+    ]
     assert set(found["keys"][0]) == {
-        "id", "name", "prefix", "rate_limit", "created", "expires", "last_used", "requests", "prompt_tokens",
+        "id",
+        "name",
+        "prefix",
+        "rate_limit",
+        "created",
+        "expires",
+        "last_used",
+        "requests",
+        "prompt_tokens",
         "completion_tokens",
-    }  # fmt: skip
+    }
     assert key[10:] not in out + text and second[10:] not in out + text
 
 
@@ -135,13 +145,30 @@ def test_the_database_is_the_flags_the_environments_or_keys_db(run, keys, monkey
 
 
 WRONG_USAGE = [
-    "create", "create --name", "create --name a --rate-limit 0", "create --name a --rate-limit -1",
-    "create --name a --rate-limit abc", "create --name a --rate-limit ٣", "create --name a --expires soon",
-    "create --name a --expires 0d", "create --name a --expires -1d", "create --name a --expires 1.5h",
-    "update --rate-limit 5", "update --key x --rate-limit 0", "update --key x --expires 90", "delete", "list --all",
-    "serve --port x", "serve --log-level loud", "serve --max-content-length 1GB", "serve --max-tokens 0",
-    "generate", "generate hello --max-tokens many", "rename", "--verbose",
-]  # fmt: skip
+    "create",
+    "create --name",
+    "create --name a --rate-limit 0",
+    "create --name a --rate-limit -1",
+    "create --name a --rate-limit abc",
+    "create --name a --rate-limit ٣",
+    "create --name a --expires soon",
+    "create --name a --expires 0d",
+    "create --name a --expires -1d",
+    "create --name a --expires 1.5h",
+    "update --rate-limit 5",
+    "update --key x --rate-limit 0",
+    "update --key x --expires 90",
+    "delete",
+    "list --all",
+    "serve --port x",
+    "serve --log-level loud",
+    "serve --max-content-length 1GB",
+    "serve --max-tokens 0",
+    "generate",
+    "generate hello --max-tokens many",
+    "rename",
+    "--verbose",
+]
 
 
 @pytest.mark.parametrize("line", WRONG_USAGE)
@@ -168,7 +195,10 @@ def test_no_subcommand_prints_the_help_on_stderr_and_version_and_help_go_to_stdo
         (["update", "--key", "KEY", "--name", ""], r"a key's name has .*"),
         (["delete", "--key", "\udcff"], r"no key '.*' in .*/keys\.db; `phi3v list` shows the ids"),
         (["delete", "--key", ""], r"no key '' in .*"),
-        (["list", "--db", "none.db"], r".*/none\.db does not exist; make a first key: phi3v create --name NAME"),
+        (
+            ["list", "--db", "none.db"],
+            r".*/none\.db does not exist; make a first key: phi3v create --name NAME --db .*/none\.db",
+        ),
         (["list", "--db", "text.db"], r".*/text\.db cannot be read \(.+\); restore it from a backup, or .*"),
         (["generate", "hi", "--image", "none.png"], r"there is no picture none\.png"),
         (["generate", "hi", "--max-tokens", "0"], r"max_tokens must be a whole number of at least 1, not 0"),

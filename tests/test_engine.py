@@ -9,7 +9,7 @@ import test_parity as parity
 
 from phi3v import model
 from phi3v.engine import Engine, Prompt
-from phi3v.errors import SetupError, Unavailable
+from phi3v.errors import RequestError, SetupError, Unavailable
 
 TINY = parity.PARITY / "tiny-su"
 
@@ -32,6 +32,7 @@ def engine():
     engine.wait()
     yield engine
     engine.close()
+    assert engine._count == 0  # every sequence was counted off, once
 
 
 def single(name: str) -> tuple[Prompt, list[int]]:
@@ -63,7 +64,7 @@ def test_rows_of_a_batch_take_the_rope_of_their_own_length(engines, name):
     case, expected = parity.CASES[name], parity.numbers(name)
     rows = range(len(case["batch"]))
     tokenizer = parity.checkpoint(case["checkpoint"])[1]
-    ids = [tokenizer.encode(parity.parts(tokenizer, text), []) for text in case["batch"]]
+    ids = [tokenizer.encode(parity.parts(tokenizer, text), [], 0) for text in case["batch"]]
     assert ids == [expected[f"row{k}_input_ids"].tolist() for k in rows]
     greedy = [expected[f"row{k}_greedy"].tolist() for k in rows]
     prompts = [Prompt(ids[k], [], len(greedy[k])) for k in rows]
@@ -130,6 +131,45 @@ def test_a_full_queue_refuses_and_takes_again(engine):
     held.cancel()
     list(held)
     assert run(engine, prompt) == [greedy]
+
+
+def test_a_batch_never_holds_more_than_it_may_and_all_get_their_answers(monkeypatch):
+    rows = []
+    decode = model.Phi3V.decode
+    monkeypatch.setattr(
+        model.Phi3V, "decode", lambda self, tokens, *rest: (rows.append(len(tokens)), decode(self, tokens, *rest))[1]
+    )
+    engine = Engine(partial(model.load, TINY), max_batch=3)
+    engine.wait()
+    prompt, greedy = single("tiny-su.text_short")
+    assert run(engine, *[prompt] * 8) == [greedy] * 8
+    assert max(rows) == 3
+    engine.close()
+
+
+def test_the_first_prompt_of_a_request_does_not_wait_for_all_prompts_of_another(monkeypatch):
+    order, gate = [], threading.Event()
+    prefill = model.Phi3V.prefill
+
+    def watched(self, embeddings, cache):
+        gate.wait()
+        order.append(embeddings.shape[1])
+        return prefill(self, embeddings, cache)
+
+    monkeypatch.setattr(model.Phi3V, "prefill", watched)
+    engine = Engine(partial(model.load, TINY))
+    engine.wait()
+    many = engine.submit([Prompt([1] * 5, [], 1)] * 6)
+    one = engine.submit([Prompt([1] * 9, [], 1)])
+    gate.set()
+    assert len(list(one)) == 1 and len(list(many)) == 6
+    assert order.index(9) <= 1  # the many's first may have begun
+    engine.close()
+
+
+def test_more_prompts_than_the_queue_ever_takes_are_refused_for_good(engine):
+    with pytest.raises(RequestError, match="5 prompts at once, at most 4"):
+        engine.submit([Prompt([1], [], 1)] * 5)
 
 
 def test_a_prompt_that_fails_ends_alone(engine):

@@ -118,6 +118,13 @@ def test_a_huge_photo_is_scaled_down_while_it_is_decoded():
     assert images.load(data).size == (3000, 2000)
 
 
+def many_scans() -> bytes:
+    """A small progressive JPEG that says its last scan again and again, each of which costs a whole decode."""
+    data = encoded(Image.new("L", (400, 400), 200), "JPEG", progressive=True)
+    last = data.rfind(b"\xff\xda")
+    return data[:-2] + data[last:-2] * 100 + b"\xff\xd9"
+
+
 SMALL = encoded(Image.new("RGB", (50, 50), "red"), "PNG")
 REFUSED = {
     "no picture": (b"hello", "none of PNG, JPEG"),
@@ -131,6 +138,8 @@ REFUSED = {
     "a long side": (encoded(Image.new("1", (16385, 400)), "PNG"), "16384"),
     "a bomb": (encoded(Image.new("1", (13300, 13300)), "PNG"), "177 megapixels, at most 16"),
     "a bigger bomb": (encoded(Image.new("1", (16000, 16000)), "PNG"), "far over 64 megapixels"),
+    "a JPEG of many scans": (many_scans(), "more than 64 scans"),
+    "a float TIFF": (encoded(Image.new("F", (9, 9), 0.5), "TIFF"), "32 bits a channel"),
     "a big PNG": (encoded(Image.new("1", (4001, 4000)), "PNG"), "16 megapixels, at most 16"),
     "a big JPEG": (encoded(Image.new("L", (8001, 8000)), "JPEG"), "64 megapixels, at most 64"),
 }

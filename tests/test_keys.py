@@ -70,7 +70,7 @@ def unavailable(action, *arguments) -> None:
     with pytest.raises(Unavailable) as caught:
         action(*arguments)
     assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "5"})
-    assert caught.value.message == "the key database cannot be used now"
+    assert caught.value.message == "the key database cannot be used now; try again in 5 s"
 
 
 def overwrite(path, data: bytes) -> None:
@@ -181,7 +181,14 @@ def test_a_key_that_is_not_found_is_never_repeated_whole(store):
 FULL = [(0, 3, 0)] * 3
 SCENARIOS = {
     "the_window_slides_over_the_minute_boundary": [
-        (39, 3, 0), (0, 3, 0), (0, 3, 0), (0, 3, 60), (1, 3, 59), (0.5, 3, 59), (58.4375, 3, 1), (0.0625, 3, 0)
+        (39, 3, 0),
+        (0, 3, 0),
+        (0, 3, 0),
+        (0, 3, 60),
+        (1, 3, 59),
+        (0.5, 3, 59),
+        (58.4375, 3, 1),
+        (0.0625, 3, 0),
     ],
     "requests_leave_one_by_one": [(0.25, 2, 0), (6.5, 2, 0), (3.75, 2, 50), (50, 2, 0), (0, 2, 7), (7, 2, 0)],
     "a_retry_a_second_before_retry_after_is_refused": [(0.25, 1, 0), (10.5, 1, 50), (49, 1, 1), (1, 1, 0)],
@@ -190,7 +197,7 @@ SCENARIOS = {
     "a_raised_limit_counts_what_was_before": [*FULL, (1, 3, 59), (0, 5, 0), (0, 5, 0), (0, 5, 59)],
     "a_clock_set_back_locks_nobody_out_for_more_than_60_s": [*FULL, (-3600, 3, 60), (59.5, 3, 1), (0.5, 3, 0)],
     "a_clock_set_forward_gives_n_extra_and_no_more_when_set_back": [*FULL, (3600, 3, 0), *FULL[1:], (-3600, 3, 60)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -307,7 +314,12 @@ def test_every_key_that_a_killed_process_printed_is_stored_in_a_sound_file(path)
 
 
 def test_a_missing_file_or_folder_or_a_full_disk_is_told_in_one_line_and_leaves_nothing(path, tmp_path):
-    refused(r".*keys\.db does not exist; make a first key: phi3v create --name NAME", KeyStore, path, create=False)
+    refused(
+        r".*keys\.db does not exist; make a first key: phi3v create --name NAME --db .*keys\.db",
+        KeyStore,
+        path,
+        create=False,
+    )
     refused(r"cannot create .*/no/keys\.db: No such file or directory", KeyStore, tmp_path / "no" / "keys.db")
     script = "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); KeyStore(sys.argv[1])"
     error = start(script, path).communicate()[1]

@@ -2,7 +2,12 @@
 
 import base64
 import io
+import json
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -127,9 +132,11 @@ def test_what_cannot_be_answered_is_refused_before_anything_runs(llm):
         llm.stream("Hi", temprature=1)
     with pytest.raises(TypeError, match="images must hold 2 lists"):
         llm.stream(["Hi", "Hi"], images=[[CIRCLE]])
-    for prompt in ([], [3], None):
-        with pytest.raises(TypeError):
-            llm.stream(prompt)
+    for prompt, images in (([], None), ([3], None), (None, None), ("Hi", "a.png"), ("Hi", CIRCLE), ({"Hi": 1}, None)):
+        with pytest.raises(TypeError, match="prompt must be a string or a list"):
+            llm.stream(prompt, images)
+    with pytest.raises(RequestError, match="prompt is empty"):
+        llm.stream("")
 
 
 def test_a_prompt_must_leave_room_in_the_context(llm):
@@ -147,7 +154,42 @@ def test_a_prompt_must_leave_room_in_the_context(llm):
 
 
 def room(llm, text: str) -> int:
-    return 4096 - len(llm.tokenizer.encode(llm.tokenizer.prompt(text, 0), []))
+    return 4096 - len(llm.tokenizer.encode(llm.tokenizer.prompt(text, 0), [], 0))
+
+
+@pytest.mark.parametrize("leave", ["next(s)", "next(s); raise SystemExit(3)", "next(s); s = None"])
+def test_the_interpreter_may_end_while_an_answer_is_being_made(leave):
+    script = f"import phi3v; s = phi3v.load().stream(['Hello, world!'] * 32); {leave}"
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (3 if "3" in leave else 0, "")
+
+
+def test_a_loop_that_is_left_without_with_stops_the_answer(llm):
+    for _ in llm.stream(["Hello, world!"] * 100):
+        break
+    assert llm.generate("What is 3 + 4?") == "3 + 4 = 7."
+    assert llm.generate(["What is 3 + 4?"] * 100)[99] == "3 + 4 = 7."  # the queue of 128 has room again
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("tokenizer.json", lambda t: t["added_tokens"][4].update(id=10**6)),
+        ("config.json", lambda c: c.update(num_hidden_layers="many")),
+        ("config.json", lambda c: c["rope_scaling"].update(long_factor=["x"] * 16)),
+        ("generation_config.json", lambda g: g.update(eos_token_id=[[1]])),
+        ("preprocessor_config.json", lambda p: p.update(num_crops="many")),
+    ],
+)
+def test_a_folder_whose_files_do_not_fit_together_is_told_in_one_line(tmp_path, file, change):
+    folder = Path(shutil.copytree(phi3v.__path__[0] + "/demo", tmp_path / "demo"))
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(SetupError) as caught:
+        phi3v.load(str(folder))
+    assert "\n" not in str(caught.value) and "demo" in str(caught.value)
 
 
 def test_names_that_are_no_model_are_told_in_one_line(tmp_path, monkeypatch):

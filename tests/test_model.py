@@ -125,11 +125,28 @@ def test_a_header_that_points_elsewhere_is_refused(folder, offsets):
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"img_processor": None}, "not a Phi-3-vision configuration"),
         ({"num_attention_heads": "four"}, "not a Phi-3-vision configuration"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers is 'many', not a number above 0"),
+        ({"max_position_embeddings": True}, "max_position_embeddings is True"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"img_processor": {"hidden_size": 32, "num_attention_heads": 7}}, "no multiple of num_attention_heads"),
     ],
 )
 def test_a_configuration_of_another_model_is_told(folder, changes, message):
     edit(folder / "config.json", **changes)
     assert message in refusal(folder)
+
+
+def test_tensors_may_neither_overlap_nor_have_another_kind_of_number(folder):
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    for name, change in (("model.norm.weight", {"data_offsets": [0, 256]}), ("model.norm.weight", {"dtype": "I32"})):
+        header = json.loads(raw[8 : 8 + length])
+        header[name] |= change
+        changed = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+        assert "lies at" in refusal(folder) or "holds mlx.core.int32" in refusal(folder)
 
 
 def test_a_folder_that_is_no_checkpoint_is_told(tmp_path):

@@ -248,6 +248,14 @@ def test_a_message_that_repeats_half_a_surrogate_pair_can_still_be_sent():
     assert json.loads(sent)["error"]["message"] == "pictures are not fetched from ?://a…: send a data: URL or base64"
 
 
+def test_a_request_has_at_most_32_pictures_in_all():
+    body = {"prompt": ["a", "b", "c"], "images": [["AAAA"] * 16, ["AAAA"] * 16, []]}
+    assert sum(map(len, protocol.parse_completion(body, 1024).images)) == 32
+    body["images"][2].append("AAAA")
+    with pytest.raises(RequestError, match="images has 33 pictures, at most 32 may be"):
+        protocol.parse_completion(body, 1024)
+
+
 def test_the_default_of_max_tokens_keeps_to_a_smaller_limit_of_the_server():
     assert protocol.parse_completion({"prompt": "x"}, 100).params.max_tokens == 100
     assert protocol.parse_completion({"prompt": "x"}, 1024).params.max_tokens is None

@@ -320,9 +320,9 @@ def test_the_rate_limit_is_429_until_exactly_retry_after_has_passed(site, clock)
 def test_what_the_model_refuses_keeps_its_status_field_and_headers(site):
     site.llm.refuses = RequestError("images[0]: no picture", "images[0]")
     assert site.post().refusal(400, "images[0]") == "images[0]: no picture"
-    site.llm.refuses = Unavailable("the model is loading", headers={"Retry-After": "5"})
+    site.llm.refuses = Unavailable("the model is loading")
     reply = site.post()
-    assert reply.refusal(503) == "the model is loading"
+    assert reply.refusal(503) == "the model is loading; try again in 5 s"
     assert (reply.headers["Retry-After"], reply.headers["X-RateLimit-Remaining"]) == ("5", "998")
 
 

@@ -101,10 +101,15 @@ def test_the_first_run_makes_a_p256_certificate_for_825_days_and_all_names_of_th
     found = re.search(r"Subject Alternative Name: *\n *(.+)", text)[1]
     assert found.split(", ") == list(dict.fromkeys(names))
     for line in (
-        r"Version: 3 \(0x2\)", r"Subject: O ?= ?phi3v, CN ?= ?localhost", r"Issuer: O ?= ?phi3v, CN ?= ?localhost",
-        r"NIST CURVE: P-256", r"Signature Algorithm: ecdsa-with-SHA256", r"Basic Constraints: critical\n *CA:FALSE",
-        r"Key Usage: critical\n *Digital Signature\n", r"Extended Key Usage: *\n *TLS Web Server Authentication\n",
-    ):  # fmt: skip
+        r"Version: 3 \(0x2\)",
+        r"Subject: O ?= ?phi3v, CN ?= ?localhost",
+        r"Issuer: O ?= ?phi3v, CN ?= ?localhost",
+        r"NIST CURVE: P-256",
+        r"Signature Algorithm: ecdsa-with-SHA256",
+        r"Basic Constraints: critical\n *CA:FALSE",
+        r"Key Usage: critical\n *Digital Signature\n",
+        r"Extended Key Usage: *\n *TLS Web Server Authentication\n",
+    ):
         assert re.search(line, text), line
     start, end = (time.strptime(t, "%b %d %H:%M:%S %Y GMT") for t in re.findall(r"Not \w+ ?: (.+)", text))
     assert calendar.timegm(end) - calendar.timegm(start) == 825 * DAY
@@ -277,8 +282,12 @@ def test_an_encrypted_key_is_refused_without_a_prompt_even_at_a_terminal(own, fo
 
 
 def test_without_the_openssl_program_or_a_folder_there_is_one_line_and_no_pair(files, tmp_path, monkeypatch, own):
-    refused(f"cannot write {tmp_path}/no/a.key: No such file or directory", tls.ensure_certificate,
-            tmp_path / "no" / "a.crt", tmp_path / "no" / "a.key")  # fmt: skip
+    refused(
+        f"cannot write {tmp_path}/no/a.key: No such file or directory",
+        tls.ensure_certificate,
+        tmp_path / "no" / "a.crt",
+        tmp_path / "no" / "a.key",
+    )
     monkeypatch.setenv("PATH", "")
     message = "the program `openssl` is not installed; phi3v needs it for the TLS certificate"
     refused(message, tls.ensure_certificate, *own)

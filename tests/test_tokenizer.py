@@ -20,14 +20,14 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n \t
 
 
 def ids_of(text: str, images: int = 0, slots: tuple[int, ...] = ()) -> list[int]:
-    return TOKENIZER.encode(TOKENIZER.prompt(text, images), list(slots))
+    return TOKENIZER.encode(TOKENIZER.prompt(text, images), list(slots), 99)
 
 
 @settings(max_examples=500, deadline=None)
 @given(TEXT.filter(lambda text: not ADDED.search(text)))
 def test_ids_of_harmless_text_are_those_of_the_rendered_template(text):
     rendered = f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
-    assert TOKENIZER.encode(TOKENIZER.chat([("user", [text])]), []) == THEIRS.encode(rendered).ids
+    assert TOKENIZER.encode(TOKENIZER.chat([("user", [text])]), [], 0) == THEIRS.encode(rendered).ids
 
 
 @settings(max_examples=200, deadline=None)
@@ -35,7 +35,7 @@ def test_ids_of_harmless_text_are_those_of_the_rendered_template(text):
 def test_an_answer_in_a_later_turn_loses_its_leading_white_space_as_in_the_reference(question, answer):
     rendered = f"<|user|>\n{question}<|end|>\n<|assistant|>\n{answer}<|end|>\n<|user|>\nAnd?<|end|>\n<|assistant|>\n"
     messages = [("user", [question]), ("assistant", [answer]), ("user", ["And?"])]
-    assert TOKENIZER.encode(TOKENIZER.chat(messages), []) == THEIRS.encode(rendered).ids
+    assert TOKENIZER.encode(TOKENIZER.chat(messages), [], 0) == THEIRS.encode(rendered).ids
 
 
 @pytest.mark.parametrize("token", TOKENIZER.special)
@@ -80,7 +80,7 @@ def test_tags_that_no_picture_could_have_are_text():
 @settings(max_examples=500, deadline=None)
 @given(TEXT)
 def test_what_was_encoded_comes_back_piece_by_piece(text):
-    ids = TOKENIZER.encode([text], [])
+    ids = TOKENIZER.encode([text], [], 0)
     decoder = TOKENIZER.decoder()
     pieces = [decoder.push(i) for i in ids]
     assert "".join(pieces) + decoder.finish() == text
@@ -97,6 +97,13 @@ def test_an_unfinished_character_is_held_back_and_replaced_at_the_end():
 def test_ids_beyond_the_vocabulary_and_special_ids_are_empty_text():
     decoder = TOKENIZER.decoder()
     assert [decoder.push(i) for i in (10**6, END, 1, 511)] == ["", "", "", ""]
+
+
+def test_a_short_prompt_cannot_make_a_long_list():
+    parts = TOKENIZER.prompt("<|image_1|>" * 90_000, 1)
+    with pytest.raises(RequestError, match="take 225,810,000 tokens, the context has 4,096") as caught:
+        TOKENIZER.encode(parts, [2509], 4096)
+    assert caught.value.param == "images"
 
 
 def test_answers_end_at_all_three_end_tokens():
