@@ -22,7 +22,7 @@ lint: $(VENV)/ready-dev
 	test $$files -le 22 -a $$lines -le 3500
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV)
 
 # Plain mlx has no backend on Linux, and two backends overwrite each other: exactly one is chosen here.
 $(VENV)/ready: pyproject.toml
@@ -44,7 +44,7 @@ $(VENV)/ready: pyproject.toml
 	fi; \
 	echo "installing phi3v$${extra:+ with MLX's $$extra backend} into $(VENV): about a minute, once ..."; \
 	$(BIN)/python -m pip install --quiet --upgrade pip && \
-	$(BIN)/python -m pip install --quiet --config-settings editable_mode=compat --editable ".$${extra:+[$$extra]}"
+	$(BIN)/python -m pip install --quiet --editable ".$${extra:+[$$extra]}"
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CIRCLE = ROOT / "phi3v" / "demo" / "red-circle.png"
+PYTHON, PICTURE, EXAMPLES = (shlex.quote(str(path)) for path in (sys.executable, CIRCLE, ROOT / "examples"))
 DOCUMENT = """curl -X POST https://localhost:{port}/v1/completions \\
   -H "Content-Type: application/json" \\
   -H "X-API-Key: {key}" \\
@@ -95,11 +96,8 @@ def test_the_documents_curl_examples_work_unchanged(server, prompt, starts):
 def test_the_examples_answer(server):
     environment = {"PHI3V_KEY": server.key, "PHI3V_URL": f"https://localhost:{server.port}"}
     question = "What is shown in this image?"
-    assert (
-        server.shell(f'{sys.executable} {ROOT}/examples/ask.py "{question}" {CIRCLE}', **environment)
-        == "A red circle.\n"
-    )
-    reply = server.shell(f'{ROOT}/examples/ask.sh "{question}" {CIRCLE}', **environment)
+    assert server.shell(f'{PYTHON} {EXAMPLES}/ask.py "{question}" {PICTURE}', **environment) == "A red circle.\n"
+    reply = server.shell(f'{EXAMPLES}/ask.sh "{question}" {PICTURE}', **environment)
     assert json.loads(reply)["responses"] == ["A red circle."]
 
 
@@ -120,7 +118,7 @@ def test_the_certificate_verifies_for_every_name_of_this_machine(server):
 
 
 def test_keys_made_and_deleted_beside_a_running_server_are_in_force_at_once(server):
-    phi3v = f"{sys.executable} -m phi3v"
+    phi3v = f"{PYTHON} -m phi3v"
     key = server.shell(f"{phi3v} create --name second --rate-limit 1").strip()
     assert status(server, key) == 200
     assert status(server, key) == 429
