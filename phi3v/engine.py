@@ -135,6 +135,12 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._load_and_step()
+        finally:
+            mx.clear_streams()  # with CUDA, MLX's own threads would abort the process at its end (MLX issue 4506)
+
+    def _load_and_step(self) -> None:
+        try:
             with MLX:
                 model = self._load()
         except BaseException as error:
