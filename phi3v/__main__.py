@@ -69,10 +69,10 @@ def serve(arguments: argparse.Namespace) -> None:
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
-        limits = {"max_content_length": arguments.max_content_length, "max_tokens": arguments.max_tokens}
+        limits = arguments.max_content_length, arguments.max_tokens
         with closing(KeyStore(arguments.db)) as keys:
             try:
-                server = Server((arguments.host, arguments.port), context, llm, keys, **limits)
+                server = Server((arguments.host, arguments.port), context, llm, keys, *limits)
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise SetupError(f"cannot listen on {arguments.host} port {arguments.port}: {reason}") from None

@@ -40,13 +40,19 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     block_on_close = False
     request_queue_size = 1024  # with the default of 5, a burst of connections waits for retransmissions
 
-    def __init__(self, address: tuple[str, int], context: ssl.SSLContext, llm, keys, **limits: int):
+    def __init__(
+        self,
+        address: tuple[str, int],
+        context: ssl.SSLContext,
+        llm,
+        keys,
+        max_content_length: int = MAX_CONTENT_LENGTH,
+        max_tokens: int = MAX_TOKENS,
+    ):
         self.context, self.llm, self.keys = context, llm, keys
-        self.max_content_length = limits.get("max_content_length", MAX_CONTENT_LENGTH)
-        self.max_tokens = limits.get("max_tokens", MAX_TOKENS)
+        self.max_content_length, self.max_tokens = max_content_length, max_tokens
         self._running, self._changed = 0, threading.Condition()
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.address_family = family
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
 
     def finish_request(self, request: socket.socket, client_address) -> None:
