@@ -50,11 +50,11 @@ def run(engine: Engine, *prompts: Prompt) -> list[list[int]]:
     return made
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny-su", "tiny-gqa"])
+@pytest.mark.parametrize("checkpoint", sorted({case["checkpoint"] for case in parity.CASES.values()}))
 def test_all_cases_of_a_checkpoint_in_one_batch_make_the_tokens_they_make_alone(engines, checkpoint):
     """Texts and pictures, short, long and crossing sequences, joining and leaving at their own times."""
     cases = [single(name) for name in parity.SINGLE if parity.CASES[name]["checkpoint"] == checkpoint]
-    assert len(cases) >= 7
+    assert len(cases) >= 2
     prompts, expected = zip(*cases, strict=True)
     assert run(engines[checkpoint], *prompts) == list(expected)
 
