@@ -76,7 +76,7 @@ def load(source) -> Image.Image:
         raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
     try:
         with Image.open(io.BytesIO(source), formats=FORMATS) as image:
-            is_jpeg = image.format == "JPEG"
+            is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a second picture behind the first
             if is_jpeg and bytes(source).count(b"\xff\xda") > MAX_SCANS:
                 raise RequestError(f"the JPEG has more than {MAX_SCANS} scans: save it again without progressive mode")
             _check_size(*image.size, MAX_JPEG_PIXELS if is_jpeg else MAX_PIXELS)

@@ -113,9 +113,11 @@ def test_only_the_first_frame_of_an_animation_counts():
     assert images.load(data).getpixel((5, 5)) == (255, 0, 0)
 
 
-def test_a_huge_photo_is_scaled_down_while_it_is_decoded():
-    data = encoded(Image.new("RGB", (6000, 4000), "green"), "JPEG")
-    assert images.load(data).size == (3000, 2000)
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_huge_photo_is_scaled_down_while_it_is_decoded(kind):
+    photo = Image.new("RGB", (6000, 4000), "green")
+    second = {"save_all": True, "append_images": [Image.new("RGB", (90, 60))]} if kind == "MPO" else {}
+    assert images.load(encoded(photo, kind, **second)).size == (3000, 2000)
 
 
 def many_scans() -> bytes:
