@@ -41,8 +41,8 @@ def open_llm(model: str = "demo") -> "LLM":
 def fast_blas() -> str | None:
     """On Linux, put OpenBLAS before the slow BLAS of MLX's CPU wheel; its file's name if that was done.
 
-    The wheel's reference BLAS makes 2 GFLOP/s, OpenBLAS 170 on two cores. Symbols bind to what was opened first, so
-    this must come before `import mlx.core`. PHI3V_BLAS=0 turns it off.
+    Symbols bind to what was opened first, so this must come before `import mlx.core`. PHI3V_BLAS=0 turns it off.
+    README has the figures.
     """
     if sys.platform != "linux" or os.environ.get("PHI3V_BLAS") == "0":
         return None

@@ -264,7 +264,7 @@ def _check_names(wanted: dict[str, mx.array], names: dict[str, Path], layers_use
     if missing:
         raise SetupError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}")
     unread = ((name, UNREAD.search(name)) for name in names.keys() - wanted.keys())
-    surplus = sorted(name for name, found in unread if not found or int(found[1] or 99) < layers_used)
+    surplus = sorted(name for name, found in unread if not found or (found[1] and int(found[1]) < layers_used))
     if surplus:
         raise SetupError(f"{folder} has {len(surplus)} tensors that Phi-3-vision has no place for, first {surplus[0]}")
 

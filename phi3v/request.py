@@ -45,7 +45,7 @@ class Delta:
 
     index: int
     text: str = ""
-    finish_reason: str | None = None  # "stop": the model ended; "length": max_tokens were made, "cancelled"
+    finish_reason: str | None = None  # "stop": the model ended; "length": max_tokens were made; "cancelled"
     prompt_tokens: int = 0
     completion_tokens: int = 0
 

@@ -42,8 +42,8 @@ subjectAltName = {names}
 
 def host_names(host: str = "localhost") -> list[str]:
     """The names this machine is reached by: localhost, its addresses, its own name, its .local name, `host`."""
-    machine = socket.gethostname().split(".")[0].lower()
-    names = ["localhost", "127.0.0.1", "::1", socket.gethostname().lower(), machine, f"{machine}.local"]
+    local = public_name("0.0.0.0")
+    names = ["localhost", "127.0.0.1", "::1", socket.gethostname().lower(), local.removesuffix(".local"), local]
     names.append(host.lower().partition("%")[0])  # an IPv6 zone is no part of a certificate's name
     return [n for n in dict.fromkeys(names) if n and n not in ("0.0.0.0", "::", ".local")]
 
@@ -69,9 +69,9 @@ def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "l
     if cert.exists():
         ours, left, names = _inspect(cert)
         name = public_name(host)
-        if left > WARN_SECONDS and (name in names or "*." + name.partition(".")[2] in names):
-            return []
         if left > WARN_SECONDS:
+            if name in names or "*." + name.partition(".")[2] in names:
+                return []
             advice = f"delete {cert.name} and {key.name} and start again" if ours else "have one made for it"
             return [f"the certificate {cert} is not valid for {name}, clients will refuse it: {advice}"]
         if not ours or left > 0:

@@ -1,19 +1,23 @@
 """The command line: what it prints where, its exit statuses, and one line for whatever is wrong."""
 
+import argparse
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
-from phi3v import __version__
-from phi3v.__main__ import main
+from phi3v import __version__, tls
+from phi3v.__main__ import _say_hello, main
+from phi3v.keys import KeyStore
 
 HEAD = ["ID", "NAME", "KEY", "LIMIT/MIN", "CREATED", "EXPIRES", "LAST", "USED", "REQUESTS", "TOKENS"]
 DAY = 86400
@@ -264,3 +268,31 @@ def test_a_server_that_cannot_start_says_why_in_one_line(pair, tmp_path, options
         options = [str(taken.getsockname()[1]) if o == "PORT" else o for o in options]
         done = process("serve", *options, env=environment, text=True)
     assert (done.returncode, done.stdout) == (1, "") and re.fullmatch(f"phi3v: {message}\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    "host, here, others",
+    [
+        ("127.0.0.1", "https://localhost:8443", None),
+        ("fd00::2", "https://[fd00::2]:8443", None),
+        ("phi.example.org", "https://phi.example.org:8443", None),
+        ("0.0.0.0", "https://localhost:8443", f"https://{tls.public_name('0.0.0.0')}:8443"),
+    ],
+)
+def test_serve_says_where_it_is_and_prints_a_curl_line_that_the_shell_can_read(
+    pair, tmp_path, capsys, host, here, others
+):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    certificate = shutil.copy(pair[0], folder)
+    arguments = argparse.Namespace(host=host, certfile=certificate, model="demo", first_key=False)
+    with closing(KeyStore("keys.db")) as keys:
+        _say_hello(arguments, "demo-1", keys, None, 8443)
+    printed = capsys.readouterr().out
+    assert f"answers at {here}\n" in printed and "not Phi-3.5-vision" in printed and "log in no file" in printed
+    assert f"make a first API key: phi3v create --name NAME --db {tmp_path}/keys.db" in printed
+    assert (f"others on this network: {others}," in printed) == bool(others)
+    assert (f"fingerprint is {tls.fingerprint(certificate)}" in printed) == bool(others)
+    words = shlex.split(next(line for line in printed.splitlines() if line.startswith("curl")))
+    assert words[:4] == ["curl", "--cacert", certificate, f"{here}/v1/completions"]
+    assert json.loads(words[-1])["prompt"] == "What is shown in this image?"

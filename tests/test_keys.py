@@ -394,3 +394,12 @@ def test_a_link_to_the_database_shares_its_window_and_may_come_before_it(path, t
     with closing(KeyStore(tmp_path / "link.db", clock=clock)) as link, closing(KeyStore(path, clock=clock)) as store:
         key = link.create("app", 3)[0]
         assert accepted(link, key, 2) + accepted(store, key, 9) == 3
+
+
+def test_a_thread_does_not_wait_without_end_for_another_one(path, monkeypatch):
+    monkeypatch.setattr(keys, "BUSY_TIMEOUT", 0)
+    with closing(KeyStore(path)) as store:
+        _, secret = store.create("app")
+        with store._lock, pytest.raises(Unavailable, match="the key database is busy; try again in 5 s"):
+            store.verify(secret)
+        assert store.verify(secret).name == "app"

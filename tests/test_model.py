@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn
 import numpy as np
 import pytest
 
@@ -35,6 +36,17 @@ def rewrite(folder: Path, change) -> None:
 
 def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_header(folder: Path, **changes) -> None:
+    """Let the safetensors header say something else of one tensor."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    header["model.norm.weight"] |= changes
+    changed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
 
 
 def refusal(folder: Path) -> str:
@@ -106,13 +118,7 @@ def test_a_truncated_file_is_told_before_it_is_used(folder, keep):
 
 @pytest.mark.parametrize("offsets", [[0, 10**12], [-4, 252], [8, 4], [0, 255], "x", None])
 def test_a_header_that_points_elsewhere_is_refused(folder, offsets):
-    path = folder / "model.safetensors"
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + length])
-    header["model.norm.weight"]["data_offsets"] = offsets
-    changed = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+    edit_header(folder, data_offsets=offsets)
     assert "is not a whole safetensors file" in refusal(folder)
 
 
@@ -137,16 +143,16 @@ def test_a_configuration_of_another_model_is_told(folder, changes, message):
     assert message in refusal(folder)
 
 
-def test_tensors_may_neither_overlap_nor_have_another_kind_of_number(folder):
-    path = folder / "model.safetensors"
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    for name, change in (("model.norm.weight", {"data_offsets": [0, 256]}), ("model.norm.weight", {"dtype": "I32"})):
-        header = json.loads(raw[8 : 8 + length])
-        header[name] |= change
-        changed = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
-        assert "lies at" in refusal(folder) or "holds mlx.core.int32" in refusal(folder)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data_offsets": [0, 256]}, "behind what ends at"),  # a second tensor on another's bytes
+        ({"dtype": "I32"}, "model.norm.weight holds mlx.core.int32"),
+    ],
+)
+def test_tensors_may_neither_overlap_nor_have_another_kind_of_number(folder, change, message):
+    edit_header(folder, **change)
+    assert message in refusal(folder)
 
 
 def test_a_folder_that_is_no_checkpoint_is_told(tmp_path):
@@ -184,3 +190,15 @@ def test_rows_of_a_cache_that_join_and_leave_keep_their_own_logits():
     again = np.array(phi.decode([8, 8], together, False))
     expected = [np.array(phi.prefill(phi.embed([*prompts[i], 42, 8], []), KVCache(3)))[0] for i in (3, 0)]
     assert np.abs(again - expected).max() < 1e-4
+
+
+def test_the_real_configuration_has_the_tensors_of_the_real_checkpoint():
+    """592 tensors of 4,146,621,440 numbers, less the tower's last layer and norm, which nothing reads."""
+    factors = json.loads((PARITY / "rope_tables.json").read_text())["phi-3.5-vision-instruct"]
+    dims = (32064, 3072, 8192, 32, 32, 32, 1e-5, 10000.0, 131072, 4096)
+    config = model.Config(*dims, factors["short_factor"], factors["long_factor"], model.VisionConfig())
+    tensors = dict(mlx.nn.utils.tree_flatten(model.Phi3V(config).parameters()))  # lazy: nothing is allocated
+    last_layer = 4 * 1024 + 4 * (1024 * 1024 + 1024) + (4096 * 1024 + 4096) + (1024 * 4096 + 1024)
+    assert sum(tensor.size for tensor in tensors.values()) == 4_146_621_440 - last_layer - 2 * 1024
+    assert len(tensors) == 592 - 16 - 2
+    assert tensors["model.vision_embed_tokens.img_projection.0.weight"].shape == (3072, 4096)

@@ -188,6 +188,22 @@ def test_a_pair_that_is_there_is_left_alone_also_the_documents_own(own, files):
     assert handshake(files, client, "localhost")[0] == "TLSv1.3"
 
 
+def test_a_certificate_that_lacks_the_name_clients_use_is_told_and_left_alone(own, files, tmp_path):
+    before = contents(own)
+    again = f"delete {own[0].name} and {own[1].name} and start again"
+    told = f"the certificate {own[0]} is not valid for 192.0.2.7, clients will refuse it: {again}"
+    assert tls.ensure_certificate(*own, "192.0.2.7") == [told] and contents(own) == before
+    assert tls.ensure_certificate(*own, "0.0.0.0") == []  # clients use the .local name, which it has
+    fresh = tmp_path / "fresh.crt", tmp_path / "fresh.key"
+    tls.ensure_certificate(*fresh, "192.0.2.7")
+    assert tls.ensure_certificate(*fresh, "192.0.2.7") == []
+    wild = "req -x509 -newkey rsa:2048 -nodes -out w.crt -keyout w.key -days 99 -subj /CN=a -addext"
+    openssl(*wild.split(), "subjectAltName=DNS:*.example.org", cwd=tmp_path)
+    assert tls.ensure_certificate(tmp_path / "w.crt", tmp_path / "w.key", "phi.example.org") == []
+    (notice,) = tls.ensure_certificate(tmp_path / "w.crt", tmp_path / "w.key", "example.com")
+    assert notice.endswith("is not valid for example.com, clients will refuse it: have one made for it")
+
+
 def test_an_expired_certificate_of_our_own_is_made_anew_for_the_same_key_with_a_notice(own):
     reissue(own, days=-1)
     expired, key = contents(own)
