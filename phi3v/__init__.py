@@ -11,17 +11,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(model: str = "demo") -> "LLM":
+def load(model: str = "demo", **limits) -> "LLM":
     """A model ready to answer: "demo", a checkpoint folder, or a hub id that is on this machine.
 
+    `limits` are max_batch, max_queue, max_context (tokens), cache_bytes (0: nothing is kept) and idle_unload (seconds).
     Raises errors.SetupError with one line for a person when it cannot be loaded.
     """
-    llm = open_llm(model)
+    llm = open_llm(model, **limits)
     llm.wait()
     return llm
 
 
-def open_llm(model: str = "demo") -> "LLM":
+def open_llm(model: str = "demo", **limits) -> "LLM":
     """Like `load`, but returns while the model is still being read: `llm.wait()` waits for it."""
     fast_blas()
     try:
@@ -35,7 +36,7 @@ def open_llm(model: str = "demo") -> "LLM":
         ) from None
     from .llm import LLM
 
-    return LLM(model)
+    return LLM(model, **limits)
 
 
 def fast_blas() -> str | None:

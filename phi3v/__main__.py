@@ -25,7 +25,7 @@ from .errors import RequestError, SetupError
 from .keys import Key, KeyStore
 
 LOG_BYTES, LOG_FILES = 10_000_000, 5  # server.log is rotated: 60 MB at most
-SIZES = {"": 1, "KB": 1024, "MB": 1024**2}
+SIZES = {"": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3}
 TIMES = {"m": 60, "h": 3600, "d": 86400}
 QUESTION = "What is shown in this image?"
 EXAMPLE = Path(__file__).parent / "demo" / "red-circle.png"
@@ -65,7 +65,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
     if not arguments.host:
         raise SetupError("--host is empty: 127.0.0.1 is this machine only, 0.0.0.0 the whole network")
-    with open_llm(arguments.model) as llm:  # first: what is no model must leave no files behind
+    names = ("max_batch", "max_queue", "max_context", "cache_bytes", "idle_unload")
+    with open_llm(
+        arguments.model, **{name: getattr(arguments, name) for name in names}
+    ) as llm:  # first: what is no model must leave no files behind
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
@@ -81,7 +84,7 @@ def serve(arguments: argparse.Namespace) -> None:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
             llm.wait()
             signals = _catch_signals()
-            _say_hello(arguments, llm.checkpoint, keys, log_file, server.server_address[1])
+            _say_hello(arguments, llm, keys, log_file, server.server_address[1])
             signals.get()
             print("phi3v: finishing the running requests; a second Ctrl-C ends at once", file=sys.stderr)
             server.stop()
@@ -181,6 +184,11 @@ def _parser() -> argparse.ArgumentParser:
     _option(sub, "--log-level", default="info", choices=["debug", "info", "warning", "error"])
     _option(sub, "--max-content-length", type=_size, default="1MB", help="largest body, such as 500KB or 1MB")
     _option(sub, "--max-tokens", type=_positive, default=1024, help="the most that a request may ask for")
+    _option(sub, "--max-batch", type=_auto(_positive), default="auto", help="the most sequences that run at once")
+    _option(sub, "--max-queue", type=_positive, default="256", help="the most that run or wait")
+    _option(sub, "--max-context", type=_auto(_positive), default="auto", help="the most tokens of prompt and answer")
+    _option(sub, "--cache-bytes", type=_auto(_size), default="auto", help="memory to keep read prompts and pictures in")
+    _option(sub, "--idle-unload", type=_duration, default="never", help="free the model after such a time without work")
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
     create_ = command(create, "create", "create an API key and print it, once")
     create_.add_argument("--name", required=True)
@@ -221,10 +229,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _auto(kind):
+    """A value of that kind, or None for "auto", which is worked out from the machine's memory."""
+    return lambda text: None if text == "auto" else kind(text)
+
+
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,9})(KB|MB|)", text.upper())
+    found = re.fullmatch(r"([0-9]{1,12})(KB|MB|GB|)", text.upper())
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500KB, 1MB or 1048576")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500KB, 1MB, 4GB or 1048576")
     return int(found[1]) * SIZES[found[2]]
 
 
@@ -284,14 +297,16 @@ def _start_log(arguments: argparse.Namespace) -> Path | None:
     return Path(arguments.log_file).absolute()
 
 
-def _say_hello(arguments: argparse.Namespace, checkpoint: str, keys: KeyStore, log_file: Path | None, port: int):
+def _say_hello(arguments: argparse.Namespace, llm, keys: KeyStore, log_file: Path | None, port: int) -> None:
     """What a person needs to know: where it is, which model answers, where things lie, and a line to try it."""
     name, certificate = tls.public_name(arguments.host), Path(arguments.certfile).absolute()
     everyone = arguments.host in ("0.0.0.0", "::")
     here = "localhost" if everyone else f"[{name}]" if ":" in name else name
     demo = " (the small embedded demo, not Phi-3.5-vision)" if arguments.model == "demo" else ""
     print(f"phi3v {__version__} answers at https://{here}:{port}")
-    print(f"model {checkpoint}{demo}")
+    print(f"model {llm.checkpoint}{demo}")
+    batch, queue, context, kept = llm.limits.values()
+    print(f"{batch} sequences at once of {queue} taken, {context:,} tokens each, {kept / 1e9:.1f} GB for what was read")
     print(f"keys in {keys.path}, log in {log_file or 'no file'}")
     if sys.platform == "linux":
         print(f"matrix products by {fast_blas() or 'the slow BLAS of the MLX wheel: README says how to get OpenBLAS'}")

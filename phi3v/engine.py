@@ -2,93 +2,85 @@
 
 Knows nothing of text, files or HTTP. MLX's streams belong to threads, so the model is loaded, stepped and freed
 on the engine's own; requests reach it through a queue and get their tokens through another.
+
+A pass of the model makes one token for every running sequence and reads a piece of the prompts that wait, all in the
+same matrix products. The next pass is launched before the tokens of the last one are looked at: they stay on the
+device as its input, and whoever turns out to have ended has made one token for nothing.
 """
 
 import atexit
 import logging
-import queue
+import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from . import sequences
+from .cache import Cache, shared_length
 from .errors import RequestError, Unavailable
-from .images import Crops
-from .language import KVCache
+from .language import KVCache, Part
 from .model import Phi3V
+from .sequences import Batch, Generation, Prompt, Sequence
 
-# The one lock that serializes MLX: held around every load and step, by every engine of this process.
+# The one lock that serializes MLX: held around every load and turn, by every engine of this process.
 MLX = threading.Lock()
-MAX_BATCH = 32  # sequences decoded together, as many as one request may bring
-MAX_QUEUE = 128  # sequences waiting or running; beyond it a client is better told than kept waiting
+MAX_BATCH = 128  # sequences running together, where memory allows: beyond, a step takes as much longer as it makes more
+MAX_QUEUE = 256  # sequences waiting or running; beyond it a client is better told than kept waiting
+MAX_READING = 8  # prompts read side by side: enough to fill a piece with short ones
+PIECE = 1024  # tokens of prompts read per pass: what running sequences may have to wait for
+ALONE = 2048  # and when none are running
+CROPS = 17  # of pictures looked at per pass: about as much work as a piece
+SHARE = 0.6  # of a machine's memory for weights, KV caches and the kept prefixes; a GPU with its own gives 0.85
+KEPT = 0.25  # of what the weights leave of that for kept prefixes and features
+LEAST_CONTEXT = 2048  # tokens that are always let in, however little memory there seems to be
 
 log = logging.getLogger("phi3v")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """`ids` with −k in the slots of `images[k-1]`; generation ends at one of `end_ids` or after `max_tokens`."""
+@dataclass
+class _Flight:
+    """A pass that was launched: whose tokens it makes, and what it computes."""
 
-    ids: list[int]
-    images: list[Crops]
-    max_tokens: int
-    end_ids: frozenset[int] = frozenset()
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """A prompt on its way through the engine; only the engine's thread changes it."""
-
-    prompt: Prompt
-    index: int
-    generation: "Generation"
-    made: list[int] = field(default_factory=list)
-    features: list[mx.array] | None = None
-    done: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.ids) + len(self.made)
-
-
-class Generation:
-    """The tokens of one submission: iterate for (index of the prompt, token, finish reason or None).
-
-    The token that ends a sequence is not shown: its item has None for it. Raises what went wrong in the engine.
-    """
-
-    def __init__(self, prompts: int):
-        self.cancelled = False
-        self._items: queue.SimpleQueue = queue.SimpleQueue()
-        self._left = prompts
-
-    def __iter__(self) -> Iterator[tuple[int, int | None, str | None]]:
-        while self._left:
-            item = self._items.get()
-            if isinstance(item, RequestError):
-                raise item
-            if isinstance(item, BaseException):
-                raise RuntimeError("generation failed") from item
-            self._left -= item[2] is not None
-            yield item
-
-    def cancel(self) -> None:
-        """Stop making tokens for it; the engine notices before its next step."""
-        self.cancelled = True
+    sequences: list[Sequence | None] = field(default_factory=list)
+    tokens: mx.array | None = None
+    arrays: list[mx.array] = field(default_factory=list)
 
 
 class Engine:
-    """Runs the model that `load()` returns; `load` is called on the engine's thread."""
+    """Runs the model that `load()` returns; `load` is called on the engine's thread, again after `idle_unload`.
 
-    def __init__(self, load: Callable[[], Phi3V], max_batch: int = MAX_BATCH, max_queue: int = MAX_QUEUE):
-        self._load, self._max_batch, self._max_queue = load, max_batch, max_queue
-        self._changed = threading.Condition()  # guards these three; never held during a step, or nobody could submit
-        self._arrived: list[_Sequence] = []
+    None for a limit is what this machine's memory allows; `limits` has the numbers once the model is loaded.
+    `cache_bytes` 0 keeps no prefixes. After `idle_unload` seconds without work the model is freed; 0 keeps it.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Phi3V],
+        max_batch: int | None = None,
+        max_queue: int = MAX_QUEUE,
+        max_context: int | None = None,
+        cache_bytes: int | None = None,
+        idle_unload: float = 0,
+    ):
+        self._load, self._idle_unload = load, idle_unload
+        self.limits = {"batch": max_batch, "queue": max_queue, "context": max_context, "cache_bytes": cache_bytes}
+        self._changed = threading.Condition()  # guards these three; never held during a pass, or nobody could submit
+        self._arrived: list[Sequence] = []
         self._count = 0
         self._closing = False
-        self._waiting: list[_Sequence] = []
-        self._batches: dict[bool, _Batch] = {}  # by rope regime: one pass has one set of frequencies
+        self._model: Phi3V | None = None
+        self._cache = Cache(0)
+        self._waiting: list[Sequence] = []
+        self._reading: list[Sequence] = []
+        # By rope regime, of which a pass over a cache has one, and by length: all rows take the room of the longest.
+        self._batches: dict[tuple[bool, int], Batch] = {}
+        self._flight = _Flight()
+        self._tokens, self._first_seconds = 0, deque(maxlen=256)
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -97,12 +89,26 @@ class Engine:
 
     @property
     def status(self) -> str:
-        """One of "loading", "ok", "draining", "failed"."""
+        """One of "loading", "ok", "idle" (freed until the next request), "draining", "failed"."""
         if self._failure:
             return "failed"
         if self._closing:
             return "draining"
-        return "ok" if self._ready.is_set() else "loading"
+        return "loading" if not self._ready.is_set() else "ok" if self._model else "idle"
+
+    def stats(self) -> dict[str, float]:
+        """What runs and waits now, what was made so far, and the median time to first token of the last 256, in s."""
+        first = sorted(self._first_seconds)
+        rows = [s for b in list(self._batches.values()) for s in b.sequences if s]
+        running = sum(not s.done for s in [*self._reading, *rows])
+        return {
+            "running": running,
+            "waiting": max(0, self._count - running),
+            "tokens": self._tokens,
+            "cached_tokens": self._cache.hits,
+            "cache_bytes": self._cache.bytes,
+            "first_token_seconds": first[len(first) // 2] if first else 0.0,
+        }
 
     def wait(self) -> None:
         """Return when the model is loaded, or raise what prevented it."""
@@ -112,16 +118,17 @@ class Engine:
 
     def submit(self, prompts: list[Prompt]) -> Generation:
         """Queue prompts that start together; raises Unavailable when the engine cannot take them."""
-        if len(prompts) > self._max_queue:
-            raise RequestError(f"{len(prompts)} prompts at once, at most {self._max_queue} may be", "prompt")
-        generation = Generation(len(prompts))
+        most, generation = self.limits["queue"], Generation(len(prompts))
+        if len(prompts) > most:
+            raise RequestError(f"{len(prompts)} prompts at once, at most {most} may be", "prompt")
+        arrived = [Sequence(p, i, generation) for i, p in enumerate(prompts)]
         with self._changed:
-            if self.status != "ok":
+            if self.status not in ("ok", "idle"):
                 raise Unavailable(f"the model is {self.status}")
-            if self._count + len(prompts) > self._max_queue:
-                raise Unavailable(f"{self._count} sequences wait or run, at most {self._max_queue} may")
+            if self._count + len(prompts) > most:
+                raise Unavailable(f"{self._count} sequences wait or run, at most {most} may")
             self._count += len(prompts)
-            self._arrived += [_Sequence(p, i, generation) for i, p in enumerate(prompts)]
+            self._arrived += arrived
             self._changed.notify()
         return generation
 
@@ -135,143 +142,273 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._load_and_step()
-        finally:
-            mx.clear_streams()  # with CUDA, MLX's own threads would abort the process at its end (MLX issue 4506)
-
-    def _load_and_step(self) -> None:
-        try:
-            with MLX:
-                model = self._load()
-        except BaseException as error:
-            self._failure = error
-            return
-        finally:
+            self._load_model()
             self._ready.set()
-        try:
             while self._receive():
-                self._step(model)
+                if not self._model:
+                    self._load_model()
+                self._turn()
         except BaseException as error:
-            log.critical("the engine has failed", exc_info=True)
+            if self._ready.is_set():
+                log.critical("the engine has failed", exc_info=True)
             self._failure = error
         with self._changed:  # nothing can be submitted after this
             self._closing = True
             self._waiting += self._arrived
         self._fail(self._failure or Unavailable("the model is shutting down"))
+        self._ready.set()
+        self._model = None
+        mx.clear_streams()  # with CUDA, MLX's own threads would abort the process at its end (MLX issue 4506)
+
+    def _load_model(self) -> None:
+        with MLX:
+            model = self._load()
+            self._plan(model)
+            self._model = model
+
+    def _plan(self, model: Phi3V) -> None:
+        """Fill in the limits that were left open, from this machine's memory and the model's size."""
+        memory, share = _memory()
+        free = max(0, int(memory * share) - sum(a.nbytes for _, a in nn.utils.tree_flatten(model.parameters())))
+        config, limits = model.config, self.limits
+        if limits["cache_bytes"] is None:
+            limits["cache_bytes"] = int(free * KEPT)
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        per_token *= model.model.norm.weight.itemsize
+        self._room = max(LEAST_CONTEXT, (free - limits["cache_bytes"]) // per_token)  # tokens of all KV caches
+        limits["context"] = min(limits["context"] or self._room, self._room, config.max_position_embeddings)
+        limits["batch"] = limits["batch"] or max(1, min(MAX_BATCH, self._room // 1024))
+        self._cache = Cache(limits["cache_bytes"])
+        mx.set_cache_limit(memory // 16)  # of freed buffers that MLX keeps for later; it would keep all
 
     def _receive(self) -> bool:
         """Take what was submitted, sleeping while there is nothing to do; False when the engine is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._arrived or self._waiting or self._batches or self._closing)
+            if not (self._waiting or self._reading or self._batches or self._flight.sequences):
+                patience = self._idle_unload if self._model else 0
+                if not self._changed.wait_for(lambda: self._arrived or self._closing, patience or None):
+                    self._model = None
+                    self._clear()
+                    self._changed.wait_for(lambda: self._arrived or self._closing)
             self._waiting += self._arrived
             self._arrived = []
             return not self._closing
 
-    def _step(self, model: Phi3V) -> None:
-        """Read one waiting prompt, then make one token for every running sequence."""
+    def _turn(self) -> None:
+        """Launch a pass for whoever can go on, then look at the tokens of the one before."""
         try:
             with MLX:
-                self._drop_cancelled()
-                running = sum(len(b.sequences) for b in self._batches.values())
-                if self._waiting and running < self._max_batch:
-                    # What was running already, then first prompts: a request of many must not hold up all others.
-                    first = min(self._waiting, key=lambda s: (not s.made, s.index))
-                    self._waiting.remove(first)
-                    self._prefill(model, first)
-                for long in list(self._batches):
-                    self._decode(model, long)
+                self._sweep()
+                self._admit()
+                self._look()
+                last, self._flight = self._flight, self._launch()
+                self._deliver(last)
         except Exception as error:
-            log.exception("a step failed; its sequences are ended")
+            log.exception("a pass failed; its sequences are ended")
             self._fail(error)
 
-    def _prefill(self, model: Phi3V, sequence: _Sequence) -> None:
-        """Read all ids of a sequence, those it made included: one that outgrows the short factors starts over."""
-        try:
-            if sequence.features is None:
-                sequence.features = [model.image_features(crops) for crops in sequence.prompt.images]
-                mx.eval(sequence.features)
-                sequence.prompt = replace(sequence.prompt, images=[])  # the pixels are not needed again
-            cache = KVCache(model.config.num_hidden_layers)
-            long = model.config.is_long(sequence.length)
-            logits = model.prefill(model.embed(sequence.prompt.ids + sequence.made, sequence.features), cache)
-            self._deliver(sequence, mx.argmax(logits, -1).item())
-            if not sequence.done:
-                self._batches.setdefault(long, _Batch()).add(sequence, cache)
-        except Exception as error:
-            log.exception("a prompt failed; the others go on")
-            self._end(sequence, error)
-
-    def _decode(self, model: Phi3V, long: bool) -> None:
-        """One token for each sequence of a batch, but those that outgrow its regime are to be read anew."""
-        batch = self._batches[long]
-        outgrown = [s for s in batch.sequences if model.config.is_long(s.length) != long]
-        self._waiting += outgrown
-        self._keep(long, [s for s in batch.sequences if s not in outgrown])
-        if batch.sequences:
-            logits = model.decode([s.made[-1] for s in batch.sequences], batch.cache, long)
-            for sequence, token in zip(batch.sequences, mx.argmax(logits, -1).tolist(), strict=True):
-                self._deliver(sequence, token)
-            self._keep(long, [s for s in batch.sequences if not s.done])
-
-    def _keep(self, long: bool, sequences: list[_Sequence]) -> None:
-        self._batches[long].keep(sequences)
-        if not sequences:
-            del self._batches[long]
-
-    def _deliver(self, sequence: _Sequence, token: int) -> None:
-        """Hand a token to its request, and end the sequence if it was the last."""
-        ended = token in sequence.prompt.end_ids
-        if not ended:
-            sequence.made.append(token)
-        reason = "stop" if ended else "length" if len(sequence.made) >= sequence.prompt.max_tokens else None
-        item = (sequence.index, None if ended else token, reason)
-        if reason:
-            self._end(sequence, item)
-        else:
-            sequence.generation._items.put(item)
-
-    def _drop_cancelled(self) -> None:
-        for sequence in self._known():
-            if sequence.generation.cancelled:
-                self._end(sequence, (sequence.index, None, "cancelled"))
+    def _sweep(self) -> None:
+        """Take out who has ended, was cancelled, has asked for its last token or outgrows the regime of its batch."""
+        for s in self._known():
+            if s.generation.cancelled:
+                self._end(s, (s.index, None, "cancelled"))
         self._waiting = [s for s in self._waiting if not s.done]
-        for long in list(self._batches):
-            self._keep(long, [s for s in self._batches[long].sequences if not s.done])
+        self._reading = [s for s in self._reading if not s.done]
+        for key, batch in list(self._batches.items()):
+            gone = []
+            for row, s in enumerate(batch.sequences):
+                if s and (s.done or s.length == s.most or self._key(s) != key):
+                    gone.append(row)
+                    if s.done or s.length == s.most:
+                        self._remember(s, batch.cache, row)
+                    else:
+                        self._waiting.append(s)
+            batch.leave(gone)
+            if not any(batch.sequences):
+                del self._batches[key]
+
+    def _key(self, s: Sequence) -> tuple[bool, int]:
+        """The batch of a sequence: its regime, and a class of lengths that differ by less than a factor of 4."""
+        return self._model.config.is_long(s.length), s.most.bit_length() // 2
+
+    def _remember(self, s: Sequence, cache: KVCache, row: int) -> None:
+        """Keep what a sequence has read, and made: the next turn of a conversation begins with it."""
+        if self._cache.most:
+            content = s.content_so_far()[: cache.lengths[row]]
+            self._cache.add_prefix(s.prompt.owner, s.long, content, cache.copy(row, len(content)))
+
+    def _admit(self) -> None:
+        """Begin to read those whose turn it is."""
+        while len(self._reading) < MAX_READING and (s := self._next()):
+            self._waiting.remove(s)
+            long, layers = self._key(s)[0], self._model.config.num_hidden_layers
+            s.begin(long, layers, self._cache.prefix(s.prompt.owner, long, s.content_so_far(), sequences.GRAIN))
+            self._reading.append(s)
+            if not s.made:
+                s.generation.cached[s.index] = s.read
+
+    def _next(self) -> Sequence | None:
+        """Who ran already goes first, then the owner who has least running, and of an owner's the oldest."""
+        active = [*self._reading, *(s for b in self._batches.values() for s in b.sequences if s)]
+        if not self._waiting or len(active) >= self.limits["batch"]:
+            return None
+        owners = Counter(s.prompt.owner for s in active)
+        # A prompt's index comes before its age: a request of many must not hold up all others.
+        waiting = (s for s in self._waiting if not s.flying)
+        for s in sorted(waiting, key=lambda s: (not s.made, owners[s.prompt.owner], s.index, s.arrived)):
+            if not self._fits([*active, s]):
+                return None  # who came first waits for room, and is not overtaken by whoever is smaller
+            if not any(self._gains(s, other) for other in self._reading):
+                return s
+        return None
+
+    def _fits(self, all_of: list[Sequence]) -> bool:
+        """Whether these have room at their longest; a batch has slots to spare, each as long as its longest row."""
+        rows: dict[tuple[bool, int], list[int]] = {}
+        for s in all_of:
+            rows.setdefault(self._key(s), []).append(s.most)
+        return len(all_of) == 1 or sum(1.25 * len(r) * max(r) for r in rows.values()) <= self._room
+
+    def _gains(self, s: Sequence, other: Sequence) -> bool:
+        """Whether it is quicker to wait until another prompt, which begins alike, is read, than to read it as well."""
+        if not self._cache.most or other.prompt.owner != s.prompt.owner or other.long != self._key(s)[0]:
+            return False
+        return 2 * (shared_length(s.content, other.content) - other.read) >= other.unread
+
+    def _look(self) -> None:
+        """Make the features of pictures that those being read need next: of one at least, else up to CROPS crops."""
+        wanted: dict[tuple[str, int], list[tuple[Sequence, int]]] = {}
+        crops = 0
+        for s, k in [(each, k) for each in self._reading for k in each.unseen()]:
+            picture = s.prompt.images[k]
+            key = s.prompt.owner, picture.digest
+            s.features[k] = self._cache.features(*key)
+            if s.features[k] is None and (key in wanted or not wanted or crops + len(picture.pixels) <= CROPS):
+                crops += 0 if key in wanted else len(picture.pixels)
+                wanted.setdefault(key, []).append((s, k))
+        if wanted:
+            firsts = (group[0] for group in wanted.values())
+            made = self._model.image_features([s.prompt.images[k] for s, k in firsts])
+            mx.async_eval(made)
+            for (key, group), features in zip(wanted.items(), made, strict=True):
+                self._cache.add_features(*key, features)
+                for s, k in group:
+                    s.features[k] = features
+
+    def _pieces(self) -> list[tuple[Sequence, int]]:
+        """Who reads how many tokens in this pass: the shortest first, but half of it is the oldest's."""
+        ready = [s for s in self._reading if not s.unseen()]
+        left, pieces = PIECE if self._batches else ALONE, []
+        held = min(ready[0].unread, left // 2) if ready else 0
+        for s in sorted(ready, key=lambda s: s.unread):
+            held = 0 if s is ready[0] else held
+            count = min(s.unread, (left - held) // sequences.GRAIN * sequences.GRAIN)
+            if count > 0:
+                pieces.append((s, count))
+                left -= sequences.filled(count)
+        return pieces
+
+    def _launch(self) -> _Flight:
+        """One pass: a token for each running sequence, a piece of each prompt that is being read."""
+        model, flight = self._model, _Flight()
+        inputs, parts, at = [], [], 0
+        for (long, _), batch in self._batches.items():
+            batch.cache.lengths = [n if s else 0 for n, s in zip(batch.cache.lengths, batch.sequences, strict=True)]
+            inputs.append(model.model.embed_tokens(batch.tokens))
+            parts.append(Part(batch.cache, 1, long))
+            flight.sequences += batch.sequences
+            at += len(batch.sequences)
+        picks, running = list(range(at)), at
+        for s, count in self._pieces():
+            ids, slots = s.piece(count)
+            inputs.append(model.embed(ids, slots, s.features))
+            parts.append(Part(s.cache, len(ids), s.long, count))
+            s.read += count
+            if not s.unread:
+                flight.sequences.append(s)
+                picks.append(at + count - 1)
+            at += len(ids)
+        if parts:
+            hidden = model(mx.concatenate(inputs), parts)
+            flight.arrays = [array for s in self._reading if s.unread and s.read for array in s.cache.arrays()]
+            if picks:
+                hidden = hidden if len(picks) == at else hidden[mx.array(picks)]
+                flight.tokens = mx.argmax(model.logits(hidden), -1)
+                flight.arrays.append(flight.tokens)
+            mx.async_eval(flight.arrays)
+            self._regroup(flight, running)
+        return flight
+
+    def _regroup(self, flight: _Flight, running: int) -> None:
+        """Give the batches their new tokens, and a row in one of them to each prompt that was read to its end."""
+        start = 0
+        for batch in self._batches.values():
+            batch.tokens = flight.tokens[start : start + len(batch.sequences)]
+            start += len(batch.sequences)
+        for i, s in enumerate(flight.sequences):
+            if s:
+                s.flying += 1
+            if i >= running:
+                self._reading.remove(s)
+                if self._cache.most:
+                    self._cache.add_prefix(s.prompt.owner, s.long, s.content_so_far(), s.cache.snapshot())
+                token, key = flight.tokens[i : i + 1], (s.long, self._key(s)[1])
+                if key in self._batches:
+                    self._batches[key].join(s, token)
+                else:
+                    self._batches[key] = Batch([s], s.cache, token)
+                s.cache = None
+
+    def _deliver(self, flight: _Flight) -> None:
+        """Wait for a pass and hand its tokens to their requests."""
+        mx.eval(flight.arrays)
+        tokens = flight.tokens.tolist() if flight.sequences else []
+        for s, token in zip(flight.sequences, tokens, strict=True):
+            if s:
+                s.flying -= 1
+            if not s or s.done:
+                continue
+            if not s.made:
+                self._first_seconds.append(time.monotonic() - s.arrived)
+            ended = token in s.prompt.end_ids
+            if not ended:
+                s.made.append(token)
+                self._tokens += 1
+            reason = "stop" if ended else "length" if len(s.made) >= s.prompt.max_tokens else None
+            item = (s.index, None if ended else token, reason)
+            if reason:
+                self._end(s, item)
+            else:
+                s.generation.put(item)
 
     def _fail(self, error: BaseException) -> None:
-        for sequence in self._known():
-            self._end(sequence, error)
-        self._waiting.clear()
-        self._batches.clear()
+        for s in self._known():
+            self._end(s, error)
+        for group in (self._waiting, self._reading, self._batches):
+            group.clear()
+        self._clear()  # it may be memory that was lacking
 
-    def _known(self) -> list[_Sequence]:
-        return [*self._waiting, *(s for batch in self._batches.values() for s in batch.sequences)]
+    def _clear(self) -> None:
+        self._flight = _Flight()
+        self._cache.clear()
+        mx.clear_cache()
 
-    def _end(self, sequence: _Sequence, item: tuple | BaseException) -> None:
+    def _known(self) -> list[Sequence]:
+        batches = [b.sequences for b in self._batches.values()]
+        return [s for group in (self._waiting, self._reading, *batches, self._flight.sequences) for s in group if s]
+
+    def _end(self, s: Sequence, item: tuple | BaseException) -> None:
         """The engine is done with a sequence, once: make room for another, and tell its request."""
-        if not sequence.done:
-            sequence.done = True
-            sequence.features = None  # freed on this thread, not on the request's
+        if not s.done:
+            s.done = True
+            s.features, s.cache = [], None  # freed on this thread, not on the request's
             with self._changed:
                 self._count -= 1
-            sequence.generation._items.put(item)
+            s.generation.put(item)
 
 
-class _Batch:
-    """The sequences of one rope regime and their common cache: row r of the cache is sequences[r]."""
-
-    def __init__(self):
-        self.sequences: list[_Sequence] = []
-        self.cache: KVCache | None = None
-
-    def add(self, sequence: _Sequence, cache: KVCache) -> None:
-        if self.cache is None:
-            self.cache = cache
-        else:
-            self.cache.join(cache)
-        self.sequences.append(sequence)
-
-    def keep(self, sequences: list[_Sequence]) -> None:
-        if 0 < len(sequences) < len(self.sequences):
-            self.cache.keep([i for i, s in enumerate(self.sequences) if s in sequences])
-        self.sequences = sequences
+def _memory() -> tuple[int, float]:
+    """The bytes of the memory that MLX computes in, and the share of it that is ours to plan with."""
+    if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
+        return int(mx.device_info()["total_memory"]), 0.85
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), SHARE

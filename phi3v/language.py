@@ -5,79 +5,132 @@ the checkpoint's, so that its tensors load by name.
 """
 
 import math
+from copy import copy
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from . import kernel
 
 GROW = 256  # columns by which a cache grows: fewer copies than column by column, little waste
 
 
 class KVCache:
-    """Keys and values of every layer for rows that end together.
+    """Keys and values of every layer for rows of different lengths: row r fills its first `lengths[r]` columns.
 
-    Arrays are (rows, kv_heads, capacity, head_dim). Row r occupies the columns padding[r] … length−1: shorter
-    rows start later, so that a step writes one column for all of them.
+    Arrays are (slots, kv_heads, capacity, head_dim). The first slots are the rows; the others, and the columns behind
+    a row's length, are room to grow and hold anything.
     """
 
     def __init__(self, layers: int):
         self.keys: list[mx.array | None] = [None] * layers
         self.values: list[mx.array | None] = [None] * layers
-        self.length = 0
-        self.padding = [0]
+        self.lengths = [0]
+        self.slots = 1
+        self.capacity = 0
+
+    def reserve(self, columns: int) -> None:
+        """Have room for so many columns in every row."""
+        if columns > self.capacity:
+            self._resize(self.slots, columns)
 
     def append(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write (rows, kv_heads, n, head_dim) behind column `length`; returns all so far. `advance` ends the step."""
-        end = self.length + keys.shape[2]
+        """Write (rows, kv_heads, n, head_dim) behind each row's length; returns the rows as far as any is filled.
+
+        `advance` ends the pass. Rows of different lengths take one column at a time.
+        """
+        rows, n = keys.shape[0], keys.shape[2]
+        end = max(self.lengths) + n
         for store, new in ((self.keys, keys), (self.values, values)):
-            old = store[layer]
-            if old is None or end > old.shape[2]:
-                rows, heads, _, dim = new.shape
-                room = mx.zeros((rows, heads, -(-end // GROW) * GROW - self.length, dim), new.dtype)
-                store[layer] = room if old is None else mx.concatenate([old[:, :, : self.length], room], 2)
-            store[layer][:, :, self.length : end] = new
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+            if store[layer] is None:
+                store[layer] = _padded(new, self.slots, self.capacity)
+            elif self.even:
+                store[layer][:rows, :, end - n : end] = new
+            else:
+                store[layer][mx.arange(rows), :, mx.array(self.lengths)] = new[:, :, 0]
+        return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
 
     def advance(self, columns: int) -> None:
-        self.length += columns
+        self.lengths = [length + columns for length in self.lengths]
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows have one length."""
+        return min(self.lengths) == max(self.lengths)
 
     def positions(self) -> mx.array | int:
         """The position of the next token of each row, as rope takes it."""
-        return self.length - mx.array(self.padding) if any(self.padding) else self.length
+        return self.lengths[0] if self.even else mx.array(self.lengths)
 
     def mask(self, columns: int) -> mx.array | str | None:
         """What each of the next `columns` columns may look at; None and "causal" keep the fused kernels."""
-        if not any(self.padding):
+        if self.even:
             return "causal" if columns > 1 else None
-        key = mx.arange(self.length + columns)
-        causal = key <= mx.arange(self.length, self.length + columns)[:, None]
-        return causal & (key >= mx.array(self.padding)[:, None, None, None])
+        return mx.arange(max(self.lengths) + 1) <= mx.array(self.lengths)[:, None, None, None]
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows, and the columns that only they had."""
-        spare = min(self.padding[r] for r in rows)
-        index = mx.array(rows)
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all other rows; returns which old row each new one is. Only the rows that fill a gap are moved."""
+        count = len(rows)
+        moved = [r for r in rows if r >= count]
+        order = [r if r in rows else moved.pop() for r in range(count)]
+        gaps = [r for r in range(count) if order[r] != r]
         for store in (self.keys, self.values):
-            store[:] = [old[index, :, spare : self.length] for old in store]
-        self.padding = [self.padding[r] - spare for r in rows]
-        self.length -= spare
+            for layer, old in enumerate(store):
+                if gaps:
+                    old[mx.array(gaps)] = old[mx.array([order[r] for r in gaps])]
+                store[layer] = old
+        self.lengths = [self.lengths[r] for r in order]
+        if 2 * count < self.slots:
+            self._resize(count, self.capacity)
+        return order
 
-    def join(self, other: "KVCache") -> None:
-        """Add the rows of `other`, aligned at their ends."""
-        length = max(self.length, other.length)
+    def join(self, other: "KVCache", row: int) -> None:
+        """Make the one row of `other` our row, in the place of one that is not used any more or behind all."""
+        length = other.lengths[0]
+        if row == self.slots or length > self.capacity:
+            # A quarter more: joining one by one must not copy all rows each time.
+            self._resize(max(self.slots, row + 1 + row // 4), max(self.capacity, length))
+        self.lengths[row : row + 1] = [length]
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for layer in range(len(mine)):
-                rows = mine[layer][:, :, : self.length], theirs[layer][:, :, : other.length]
-                mine[layer] = mx.concatenate([_pad_left(r, length) for r in rows])
-        self.padding = [p + length - self.length for p in self.padding]
-        self.padding += [p + length - other.length for p in other.padding]
-        self.length = length
+            for layer, new in enumerate(theirs):
+                mine[layer][row : row + 1, :, :length] = new[:, :, :length]
+
+    def copy(self, row: int, length: int) -> "KVCache":
+        """The first `length` columns of a row as an evaluated cache of its own."""
+        new = self.snapshot()
+        new.lengths, new.slots, new.capacity = [length], 1, length
+        # Added to, since a mere slice of whole columns is a view, and would hold the memory of all rows.
+        new.keys, new.values = ([x[row : row + 1, :, :length] + 0 for x in store] for store in (new.keys, new.values))
+        mx.async_eval(new.arrays())
+        return new
+
+    def head(self, length: int, capacity: int) -> "KVCache":
+        """A cache of its own with the first `length` columns and room for more."""
+        new = self.snapshot()
+        new.lengths = [length]
+        new._resize(1, capacity)
+        return new
+
+    def snapshot(self) -> "KVCache":
+        """A cache of the same arrays, which what is done to this one later leaves alone."""
+        new = copy(self)
+        new.lengths, new.keys, new.values = self.lengths[:], self.keys[:], self.values[:]
+        return new
 
     def arrays(self) -> list[mx.array]:
-        return self.keys + self.values
+        return [*self.keys, *self.values]
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        rows, longest = min(slots, len(self.lengths)), max(self.lengths)
+        for store in (self.keys, self.values):
+            store[:] = [old if old is None else _padded(old[:rows, :, :longest], slots, capacity) for old in store]
+        self.slots, self.capacity = slots, capacity
 
 
-def _pad_left(x: mx.array, length: int) -> mx.array:
-    return mx.pad(x, [(0, 0), (0, 0), (length - x.shape[2], 0), (0, 0)])
+def _padded(x: mx.array, slots: int, capacity: int) -> mx.array:
+    room = slots - x.shape[0], capacity - x.shape[2]
+    return mx.pad(x, [(0, room[0]), (0, 0), (0, room[1]), (0, 0)]) if any(room) else x
 
 
 class Rope:
@@ -104,22 +157,55 @@ class Rope:
         )
 
 
+class Part:
+    """One cache's share of a pass: each of its rows reads `columns` more tokens, under the long factors or the short.
+
+    Of these the first `count` stay, the others only fill the shape. Holds what all layers need of it, made once. The
+    caller sees to it that a cache has one regime.
+    """
+
+    def __init__(self, cache: KVCache, columns: int, long: bool, count: int | None = None):
+        self.cache, self.columns, self.long, self.count = cache, columns, long, count or columns
+        need = max(cache.lengths) + columns
+        if need > cache.capacity:
+            cache.reserve(-(-need // GROW) * GROW)
+        self.tokens = len(cache.lengths) * columns
+        self.fused = columns == 1 and kernel.takes(cache.keys[0])
+        if self.fused:
+            self.lengths = mx.array(cache.lengths, mx.int32)
+        else:
+            self.mask, self.positions = cache.mask(columns), cache.positions()
+
+
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, rope: Rope):
         super().__init__()
         self._heads, self._kv_heads, self._dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         rows = (self._heads + 2 * self._kv_heads) * self._dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.o_proj = nn.Linear(self._heads * self._dim, config.hidden_size, bias=False)
+        self._rope = rope
 
-    def __call__(self, x: mx.array, layer: int, step: "Step") -> mx.array:
-        batch, n, _ = x.shape
-        heads = self.qkv_proj(x).reshape(batch, n, -1, self._dim).swapaxes(1, 2)
+    def __call__(self, x: mx.array, layer: int, parts: list[Part]) -> mx.array:
+        x = self.qkv_proj(x)
+        out, start = [], 0
+        for part in parts:
+            out.append(self._attend(x[start : start + part.tokens], layer, part))
+            start += part.tokens
+        return self.o_proj(mx.concatenate(out) if len(out) > 1 else out[0])
+
+    def _attend(self, x: mx.array, layer: int, part: Part) -> mx.array:
+        """(tokens, (heads + 2·kv_heads)·head_dim) of one part → (tokens, heads·head_dim)."""
+        cache, rope = part.cache, self._rope
+        if part.fused:
+            keys, values = cache.keys[layer], cache.values[layer]
+            return kernel.decode_attention(x, keys, values, part.lengths, rope.frequencies[part.long], rope.scale)
+        heads = x.reshape(len(cache.lengths), part.columns, -1, self._dim).swapaxes(1, 2)
         queries, keys, values = mx.split(heads, [self._heads, self._heads + self._kv_heads], axis=1)
-        queries, keys = step.rotate(queries), step.rotate(keys)
-        keys, values = step.cache.append(layer, keys, values)
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=step.scale, mask=step.mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, n, -1))
+        queries, keys = (rope(heads, part.positions, part.long) for heads in (queries, keys))
+        keys, values = cache.append(layer, keys, values)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=rope.scale, mask=part.mask)
+        return out.swapaxes(1, 2).reshape(part.tokens, -1)
 
 
 class MLP(nn.Module):
@@ -129,49 +215,41 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(nn.silu(gate) * up)
+        return self.down_proj(_swiglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, rope: Rope):
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, rope)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, layer: int, step: "Step") -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), layer, step)
+    def __call__(self, x: mx.array, layer: int, parts: list[Part]) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), layer, parts)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Step:
-    """What all layers of one forward pass share: made once, read by each."""
-
-    def __init__(self, rope: Rope, cache: KVCache, columns: int, long: bool):
-        self.cache, self.scale = cache, rope.scale
-        self.mask, self._positions = cache.mask(columns), cache.positions()
-        self._rope, self._long = rope, long
-
-    def rotate(self, x: mx.array) -> mx.array:
-        return self._rope(x, self._positions, self._long)
-
-
 class LanguageModel(nn.Module):
-    """`long` picks the LongRoPE factors for all positions of the pass; the caller sees to it that a cache has one."""
+    """All parts of a pass share the matrix products; attention is each part's own, so that none is padded."""
 
     def __init__(self, config):
         super().__init__()
+        rope = Rope(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._rope = Rope(config)
 
-    def __call__(self, x: mx.array, cache: KVCache, long: bool) -> mx.array:
-        """(rows, n, hidden) embeddings of the next n columns → hidden states of the same shape."""
-        step = Step(self._rope, cache, x.shape[1], long)
+    def __call__(self, x: mx.array, parts: list[Part]) -> mx.array:
+        """(tokens, hidden) embeddings, part after part and in each row after row → hidden states of the same shape."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, i, step)
-        cache.advance(x.shape[1])
+            x = layer(x, i, parts)
+        for part in parts:
+            part.cache.advance(part.count)
         return self.norm(x)

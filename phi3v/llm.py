@@ -14,9 +14,10 @@ from pathlib import Path
 from types import NoneType
 
 from . import images, model
-from .engine import Engine, Generation, Prompt
+from .engine import Engine
 from .errors import RequestError, SetupError
 from .request import DEFAULT_MAX_TOKENS, Delta, Request, SamplingParams, image_bytes
+from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
@@ -27,10 +28,11 @@ log = logging.getLogger("phi3v")
 class LLM:
     """A model that answers; safe from any thread. `name` is "demo", a checkpoint folder or a hub id.
 
-    Returns at once while the engine loads; `wait` waits for it. Raises SetupError for what is no checkpoint.
+    Returns at once while the engine loads; `wait` waits for it. `limits` are those of `Engine`. Raises SetupError for
+    what is no checkpoint.
     """
 
-    def __init__(self, name: str = "demo"):
+    def __init__(self, name: str = "demo", **limits):
         folder = _find(name)
         self.checkpoint = _checkpoint_name(name, folder)
         with _told(folder):
@@ -40,7 +42,7 @@ class LLM:
                 raise SetupError(f"{folder}: tokenizer.json has ids beyond the model's {self.config.vocab_size}")
             self._num_crops, ends = _folder_defaults(folder)
         self._end_ids = self.tokenizer.end_ids | ends
-        self._folder, self._engine = folder, Engine(partial(model.load, folder, self.config))
+        self._folder, self._engine = folder, Engine(partial(model.load, folder, self.config), **limits)
 
     def __enter__(self) -> "LLM":
         return self
@@ -50,8 +52,16 @@ class LLM:
 
     @property
     def status(self) -> str:
-        """One of "loading", "ok", "draining", "failed"."""
+        """One of "loading", "ok", "idle", "draining", "failed"."""
         return self._engine.status
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What runs at once, waits, fits and is kept; complete once the model is loaded."""
+        return self._engine.limits
+
+    def stats(self) -> dict[str, float]:
+        return self._engine.stats()
 
     def wait(self) -> None:
         """Return when the model is loaded; raise SetupError when it cannot be."""
@@ -87,14 +97,17 @@ class LLM:
         request = Request(prompts, pictures or [[]] * len(prompts), SamplingParams(**params))
         return self.answer(request)
 
-    def answer(self, request: Request) -> "Deltas":
-        """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them."""
-        prompts, room = [], self.config.max_position_embeddings
+    def answer(self, request: Request, owner: str = "") -> "Deltas":
+        """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them.
+
+        What is kept of a request is only ever used for others of the same owner.
+        """
+        prompts, room = [], self._context()
         for i, (text, sources) in enumerate(zip(request.prompts, request.images, strict=True)):
             where = f"images[{i}]" if len(request.prompts) > 1 else "images"
             crops = [self._crops(source, request.params, f"{where}[{k}]") for k, source in enumerate(sources)]
             ids = self.tokenizer.encode(self.tokenizer.prompt(text, len(crops)), [c.tokens for c in crops], room)
-            prompts.append(Prompt(ids, crops, self._room(len(ids), request.params.max_tokens), self._end_ids))
+            prompts.append(Prompt(ids, crops, self._room(len(ids), request.params.max_tokens), self._end_ids, owner))
         lengths, decoders = [len(p.ids) for p in prompts], [self.tokenizer.decoder() for _ in prompts]
         return Deltas(self._engine.submit(prompts), lengths, decoders)
 
@@ -109,9 +122,13 @@ class LLM:
         except RequestError as error:
             raise RequestError(f"{param}: {error.message}", param) from error.__cause__
 
+    def _context(self) -> int:
+        """The most tokens of a prompt and its answer: what the model takes, and this machine's memory."""
+        return self.limits["context"] or self.config.max_position_embeddings
+
     def _room(self, prompt_tokens: int, asked: int | None) -> int:
         """The tokens an answer may have: what was asked, which must fit, or the default, cut to what fits."""
-        context = self.config.max_position_embeddings
+        context = self._context()
         room = context - prompt_tokens
         if room < 1:
             raise RequestError(f"the prompt has {prompt_tokens} tokens, the context {context}: shorten it", "prompt")
@@ -157,7 +174,7 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
             text = decoders[index].push(token)
         if reason:
             text += decoders[index].finish()
-            yield Delta(index, text, reason, lengths[index], made[index])
+            yield Delta(index, text, reason, lengths[index], made[index], generation.cached[index])
         elif text:
             yield Delta(index, text)
 

@@ -16,10 +16,9 @@ import numpy as np
 
 from .errors import SetupError
 from .images import Crops
-from .language import KVCache, LanguageModel
+from .language import LanguageModel, Part
 from .vision import VisionModel
 
-PREFILL_CHUNK = 1024  # tokens of a prompt per pass: bounds the memory that long prompts take
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
 DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 DTYPE_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8}
@@ -132,36 +131,26 @@ class Phi3V(nn.Module):
     def config(self) -> Config:
         return self._config
 
-    def image_features(self, crops: Crops) -> mx.array:
-        """A picture's rows as they enter the language model: (crops.tokens, hidden_size)."""
-        return self.model.vision_embed_tokens(mx.array(crops.pixels), crops.grid)
+    def image_features(self, pictures: list[Crops]) -> list[mx.array]:
+        """Each picture's rows as they enter the language model: (crops.tokens, hidden_size)."""
+        return self.model.vision_embed_tokens([(mx.array(crops.pixels), crops.grid) for crops in pictures])
 
-    def embed(self, ids: list[int], features: list[mx.array]) -> mx.array:
-        """(1, n, hidden): the embedding of each id, and for −k the rows of picture k in turn, again from its first."""
-        text = self.model.embed_tokens(mx.array([max(i, 0) for i in ids]))
-        if not features:
-            return text[None]
-        ids, rows = np.array(ids), np.arange(len(ids))
-        start = len(ids)
-        for k, picture in enumerate(features, 1):
-            slots = np.flatnonzero(ids == -k)
-            rows[slots] = start + np.arange(len(slots)) % len(picture)
-            start += len(picture)
-        return mx.concatenate([text, *features])[mx.array(rows)][None]
+    def embed(self, ids: np.ndarray, slots: np.ndarray, features: list[mx.array | None]) -> mx.array:
+        """(n, hidden): the embedding of each id, and for −k row slots[i] of features[k−1]."""
+        text = self.model.embed_tokens(mx.array(np.maximum(ids, 0)))
+        pictures = np.unique(-ids[ids < 0])
+        if not len(pictures):
+            return text
+        rows, start = np.arange(len(ids)), len(ids)
+        for k in pictures:
+            here = ids == -k
+            rows[here] = start + slots[here]
+            start += len(features[k - 1])
+        return mx.concatenate([text, *(features[k - 1] for k in pictures)])[mx.array(rows)]
 
-    def prefill(self, embeddings: mx.array, cache: KVCache) -> mx.array:
-        """Read a whole prompt (1, n, hidden) into an empty cache; returns the last token's logits (1, vocab)."""
-        n = embeddings.shape[1]
-        long = self.config.is_long(n)  # of the whole prompt: chunks must agree with each other
-        for start in range(0, n, PREFILL_CHUNK):
-            hidden = self.model(embeddings[:, start : start + PREFILL_CHUNK], cache, long)
-            mx.eval(cache.arrays())
-        return self.logits(hidden[:, -1])
-
-    def decode(self, tokens: list[int], cache: KVCache, long: bool) -> mx.array:
-        """One more token for each row of the cache; returns (rows, vocab) logits."""
-        embeddings = self.model.embed_tokens(mx.array(tokens)[:, None])
-        return self.logits(self.model(embeddings, cache, long)[:, -1])
+    def __call__(self, embeddings: mx.array, parts: list[Part]) -> mx.array:
+        """(tokens, hidden) of all parts, one after another → the last hidden states, of the same shape."""
+        return self.model(embeddings, parts)
 
     def logits(self, hidden: mx.array) -> mx.array:
         return self.lm_head(hidden).astype(mx.float32)
@@ -187,6 +176,8 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
             if name in wanted:
                 weights[name] = _convert(name, array, wanted[name], dtype, path)
     model.load_weights(list(weights.items()))
+    for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
+        layer.self_attn.fuse()
     model.eval()
     mx.eval(model.parameters())
     return model

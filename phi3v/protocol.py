@@ -100,11 +100,12 @@ def usage(last: Iterable[Delta]) -> dict:
     """The token counts of a request out of the last delta of each of its answers."""
     last = list(last)
     prompt, completion = sum(d.prompt_tokens for d in last), sum(d.completion_tokens for d in last)
+    cached = sum(d.cached_tokens for d in last)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

@@ -48,6 +48,7 @@ class Delta:
     finish_reason: str | None = None  # "stop": the model ended; "length": max_tokens were made; "cancelled"
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt's, those that were not read again
 
 
 def image_bytes(text: str, param: str | None = None) -> bytes:

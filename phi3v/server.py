@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def health(self, length: int | None) -> None:
         status = self.server.llm.status
-        self._reply(200 if status == "ok" else 503, {"status": status})
+        self._reply(200 if status in ("ok", "idle") else 503, {"status": status})
 
     def completions(self, length: int | None) -> None:
         self._key = key = self.server.keys.verify(self._secret())
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         self._allowance = allowance.headers()
         try:
             request = protocol.parse_completion(protocol.parse_json(self._read(length)), self.server.max_tokens)
-            with self.server.llm.answer(request) as deltas:
+            with self.server.llm.answer(request, key.id) as deltas:
                 body = protocol.completion_response(self._watched(deltas), self.server.llm.checkpoint)
             self._facts |= body["usage"]
         finally:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -166,7 +167,7 @@ WRONG_USAGE = [
     "list --all",
     "serve --port x",
     "serve --log-level loud",
-    "serve --max-content-length 1GB",
+    "serve --max-content-length 1TB",
     "serve --max-tokens 0",
     "generate",
     "generate hello --max-tokens many",
@@ -286,10 +287,12 @@ def test_serve_says_where_it_is_and_prints_a_curl_line_that_the_shell_can_read(
     folder.mkdir()
     certificate = shutil.copy(pair[0], folder)
     arguments = argparse.Namespace(host=host, certfile=certificate, model="demo", first_key=False)
+    limits = {"batch": 8, "queue": 64, "context": 4096, "cache_bytes": 1_500_000_000}
     with closing(KeyStore("keys.db")) as keys:
-        _say_hello(arguments, "demo-1", keys, None, 8443)
+        _say_hello(arguments, SimpleNamespace(checkpoint="demo-1", limits=limits), keys, None, 8443)
     printed = capsys.readouterr().out
     assert f"answers at {here}\n" in printed and "not Phi-3.5-vision" in printed and "log in no file" in printed
+    assert "8 sequences at once of 64 taken, 4,096 tokens each, 1.5 GB for what was read" in printed
     assert f"make a first API key: phi3v create --name NAME --db {tmp_path}/keys.db" in printed
     assert (f"others on this network: {others}," in printed) == bool(others)
     assert (f"fingerprint is {tls.fingerprint(certificate)}" in printed) == bool(others)

@@ -1,15 +1,19 @@
-"""The engine on the reference's cases: batches, both rope regimes, cancellation, failure, shutdown."""
+"""The engine on the reference's cases: batches, both rope regimes, caches, turns, cancellation, failure, shutdown."""
 
+import dataclasses
 import threading
+import time
 from functools import partial
 
 import numpy as np
 import pytest
 import test_parity as parity
 
-from phi3v import model
-from phi3v.engine import Engine, Prompt
+from phi3v import engine as engine_module
+from phi3v import model, sequences
+from phi3v.engine import Engine
 from phi3v.errors import RequestError, SetupError, Unavailable
+from phi3v.sequences import Prompt
 
 TINY = parity.PARITY / "tiny-su"
 
@@ -35,6 +39,27 @@ def engine():
     assert engine._count == 0  # every sequence was counted off, once
 
 
+@pytest.fixture(params=["as here", "as with CUDA"])
+def shapes(request, monkeypatch):
+    """Shapes filled up and rows that stay, too: how a GPU of that kind is spared new shapes must not change a token."""
+    if request.param == "as with CUDA":
+        monkeypatch.setattr(sequences, "GRAIN", 16)
+        monkeypatch.setattr(sequences, "SPARE", 3)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What each pass of any model was made of: (rows, tokens of each, those that count) for each part."""
+    seen, call = [], model.Phi3V.__call__
+
+    def watched(self, embeddings, parts):
+        seen.append([(len(p.cache.lengths), p.columns, p.count) for p in parts])
+        return call(self, embeddings, parts)
+
+    monkeypatch.setattr(model.Phi3V, "__call__", watched)
+    return seen
+
+
 def single(name: str) -> tuple[Prompt, list[int]]:
     """A case as a prompt that no end token stops, and the tokens that are right."""
     expected = parity.numbers(name)
@@ -51,7 +76,7 @@ def run(engine: Engine, *prompts: Prompt) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("checkpoint", sorted({case["checkpoint"] for case in parity.CASES.values()}))
-def test_all_cases_of_a_checkpoint_in_one_batch_make_the_tokens_they_make_alone(engines, checkpoint):
+def test_all_cases_of_a_checkpoint_in_one_batch_make_the_tokens_they_make_alone(engines, checkpoint, shapes):
     """Texts and pictures, short, long and crossing sequences, joining and leaving at their own times."""
     cases = [single(name) for name in parity.SINGLE if parity.CASES[name]["checkpoint"] == checkpoint]
     assert len(cases) >= 2
@@ -71,8 +96,8 @@ def test_rows_of_a_batch_take_the_rope_of_their_own_length(engines, name):
     assert run(engines[case["checkpoint"]], *prompts) == greedy
     phi, _ = parity.checkpoint(case["checkpoint"])
     for k in rows:
-        logits = phi.prefill(phi.embed(ids[k], []), parity.KVCache(phi.config.num_hidden_layers))
-        assert parity.off(np.array(logits[0]), expected[f"row{k}_logits_last"]) <= parity.LOGITS
+        logits = parity.prefill(phi, ids[k], [], parity.cache_of(phi))
+        assert parity.off(np.array(logits), expected[f"row{k}_logits_last"]) <= parity.LOGITS
 
 
 @pytest.mark.parametrize("most", [1, 5, 31])
@@ -133,38 +158,231 @@ def test_a_full_queue_refuses_and_takes_again(engine):
     assert run(engine, prompt) == [greedy]
 
 
-def test_a_batch_never_holds_more_than_it_may_and_all_get_their_answers(monkeypatch):
-    rows = []
-    decode = model.Phi3V.decode
-    monkeypatch.setattr(
-        model.Phi3V, "decode", lambda self, tokens, *rest: (rows.append(len(tokens)), decode(self, tokens, *rest))[1]
-    )
+def test_a_batch_never_holds_more_than_it_may_and_all_get_their_answers(passes, shapes):
     engine = Engine(partial(model.load, TINY), max_batch=3)
     engine.wait()
     prompt, greedy = single("tiny-su.text_short")
     assert run(engine, *[prompt] * 8) == [greedy] * 8
-    assert max(rows) == 3
+    assert max(sum(rows for rows, _, _ in parts) for parts in passes) <= 3 + sequences.SPARE
     engine.close()
 
 
-def test_the_first_prompt_of_a_request_does_not_wait_for_all_prompts_of_another(monkeypatch):
-    order, gate = [], threading.Event()
-    prefill = model.Phi3V.prefill
+@pytest.fixture
+def held(monkeypatch):
+    """A way to submit several requests before the engine sees any of them: none is taken until `held` is set."""
+    gate, receive = threading.Event(), Engine._receive
 
-    def watched(self, embeddings, cache):
+    def patient(self):
         gate.wait()
-        order.append(embeddings.shape[1])
-        return prefill(self, embeddings, cache)
+        return receive(self)
 
-    monkeypatch.setattr(model.Phi3V, "prefill", watched)
+    monkeypatch.setattr(Engine, "_receive", patient)
+    return gate
+
+
+def test_prompts_that_wait_together_are_read_together_and_each_in_its_own_length(held, passes):
+    engine = Engine(partial(model.load, TINY), cache_bytes=0)
+    prompts = [Prompt([1] * n, [], 2) for n in (33, 40, 50)]
+    engine.wait()
+    generations = [engine.submit([p]) for p in prompts]
+    held.set()
+    for generation in generations:
+        assert len(list(generation)) == 2
+    assert passes == [[(1, 33, 33), (1, 40, 40), (1, 50, 50)], [(3, 1, 1)]]
+    engine.close()
+
+
+def test_a_short_prompt_that_comes_while_a_long_one_is_read_gets_its_token_first(monkeypatch, passes):
+    monkeypatch.setattr(engine_module, "ALONE", 40)
+    monkeypatch.setattr(engine_module, "PIECE", 20)
+    engine = Engine(partial(model.load, TINY), cache_bytes=0)
+    engine.wait()
+    long = engine.submit([Prompt([1] * 400, [], 1)])
+    while len(passes) < 2:
+        time.sleep(0)
+    short = engine.submit([Prompt([1] * 7, [], 3)])
+    assert len(list(short)) == 3
+    seen = len(passes)
+    assert len(list(long)) == 1 and len(passes) > seen
+    first = next(i for i, parts in enumerate(passes) if (1, 7, 7) in parts)
+    assert len(passes[first]) == 2 and passes[first][1][1] >= 20  # the long one went on in the same pass
+    assert all(sum(n for _, n, _ in parts) <= 41 for parts in passes)  # nobody ever waits for more
+    engine.close()
+
+
+def test_owners_take_turns_and_prompts_of_a_request_wait_for_the_first_of_another(held, passes):
+    engine = Engine(partial(model.load, TINY), max_batch=1, cache_bytes=0)
+    engine.wait()
+    asked = [("a", [10, 11, 12]), ("a", [20]), ("b", [30, 31])]
+    generations = [engine.submit([Prompt([1] * n, [], 1, owner=o) for n in lengths]) for o, lengths in asked]
+    held.set()
+    for generation in generations:
+        list(generation)
+    assert [parts[0][1] for parts in passes] == [10, 20, 30, 11, 31, 12]
+    engine.close()
+
+
+def test_an_owner_who_runs_much_lets_another_go_first(held, passes):
+    engine = Engine(partial(model.load, TINY), max_batch=3, cache_bytes=0)
+    engine.wait()
+    greedy_one = engine.submit([Prompt([1] * 10, [], 40, owner="a"), Prompt([1] * 11, [], 40, owner="a")])
+    more = [engine.submit([Prompt([1] * n, [], 1, owner="a")]) for n in (12, 13)]
+    other = engine.submit([Prompt([1] * 20, [], 1, owner="b")])
+    held.set()
+    for generation in (greedy_one, *more, other):
+        list(generation)
+    read = [n for parts in passes for _, n, _ in parts if n > 1]
+    assert read.index(20) < read.index(13)
+    engine.close()
+
+
+def test_what_does_not_fit_in_memory_waits_and_is_not_overtaken(held, passes):
+    engine = Engine(partial(model.load, TINY), cache_bytes=0)
+    engine.wait()
+    engine._room = 300
+    prompts = [Prompt([1] * 70, [], 30), Prompt([1] * 150, [], 50), Prompt([1] * 5, [], 2)]
+    generations = [engine.submit([p]) for p in prompts]
+    held.set()
+    for generation, prompt in zip(generations, prompts, strict=True):
+        assert len(list(generation)) == prompt.max_tokens
+    assert passes[0] == [(1, 70, 70)] and passes[1:30] == [[(1, 1, 1)]] * 29
+    assert passes[30] == [(1, 5, 5), (1, 150, 150)]
+    engine.close()
+
+
+def test_limits_come_from_memory_and_may_be_set():
     engine = Engine(partial(model.load, TINY))
     engine.wait()
-    many = engine.submit([Prompt([1] * 5, [], 1)] * 6)
-    one = engine.submit([Prompt([1] * 9, [], 1)])
-    gate.set()
-    assert len(list(one)) == 1 and len(list(many)) == 6
-    assert order.index(9) <= 1  # the many's first may have begun
+    assert engine.limits["context"] == 2048 and engine.limits["batch"] == 128 and engine.limits["queue"] == 256
+    assert 10**8 < engine.limits["cache_bytes"] < 10**12
     engine.close()
+    engine = Engine(partial(model.load, TINY), max_batch=2, max_context=100, cache_bytes=5000)
+    engine.wait()
+    assert engine.limits == {"batch": 2, "queue": 256, "context": 100, "cache_bytes": 5000}
+    engine.close()
+
+
+@pytest.fixture
+def tower(monkeypatch):
+    """How many crops each run of the vision tower had."""
+    seen, look = [], model.Phi3V.image_features
+
+    def watched(self, pictures):
+        seen.append([len(p.pixels) for p in pictures])
+        return look(self, pictures)
+
+    monkeypatch.setattr(model.Phi3V, "image_features", watched)
+    return seen
+
+
+PICTURE = "tiny-gqa.img_landscape"
+
+
+def test_a_second_question_about_a_picture_reads_only_the_question(engines, passes, tower, shapes):
+    prompt, greedy = single(PICTURE)
+    prompt = dataclasses.replace(prompt, owner=f"second {sequences.GRAIN}")
+    engine = engines["tiny-gqa"]
+    for generation in [engine.submit([prompt]) for _ in "ab"]:
+        assert [token for _, token, _ in generation] == greedy
+    assert len(tower) == 1
+    again = engine.submit([prompt])
+    passes.clear()
+    assert [token for _, token, _ in again] == greedy
+    n = len(prompt.ids)
+    assert again.cached == [(n - 1) // sequences.GRAIN * sequences.GRAIN] and len(tower) == 1
+    other = dataclasses.replace(prompt, ids=[*prompt.ids[:-3], 7, 8, 9])
+    generation = engine.submit([other])
+    tokens = [token for _, token, _ in generation]
+    assert generation.cached == [(n - 3) // sequences.GRAIN * sequences.GRAIN]
+    assert run(engine, dataclasses.replace(other, owner=f"third {sequences.GRAIN}")) == [tokens]
+
+
+def test_pictures_of_one_size_and_owners_share_nothing(engines):
+    prompt, greedy = single(PICTURE)
+    engine = engines["tiny-gqa"]
+    mirrored = dataclasses.replace(prompt.images[0], pixels=prompt.images[0].pixels[:, :, ::-1].copy(), digest=-7)
+    asked = [dataclasses.replace(prompt, owner="one"), dataclasses.replace(prompt, owner="two")]
+    asked.append(dataclasses.replace(prompt, owner="one", images=[mirrored]))
+    for p in asked:
+        generation = engine.submit([p])
+        tokens = [token for _, token, _ in generation]
+        assert (tokens == greedy) == (p.images[0].digest != -7)
+        assert generation.cached[0] < sequences.GRAIN + 5  # the ids before the picture
+
+
+def test_sixteen_questions_about_one_picture_at_once_look_at_it_once_and_read_it_once(held, passes, tower):
+    engine = Engine(partial(model.load, parity.PARITY / "tiny-gqa"))
+    engine.wait()
+    prompt, greedy = single(PICTURE)
+    generations = [engine.submit([dataclasses.replace(prompt, max_tokens=10)]) for _ in range(16)]
+    held.set()
+    for generation in generations:
+        assert [token for _, token, _ in generation] == greedy[:10]
+    assert [len(run) for run in tower] == [1]
+    assert sum(count for parts in passes for _, n, count in parts if n > 1) == len(
+        prompt.ids
+    )  # and of the others a single last token each
+    assert sum(g.cached[0] == len(prompt.ids) - 1 for g in generations) == 15
+    engine.close()
+
+
+def test_a_conversation_goes_on_from_what_was_read_and_made(engines):
+    engine, (prompt, greedy) = engines["tiny-gqa"], single(PICTURE)
+    first = dataclasses.replace(prompt, owner="talk")
+    assert run(engine, first) == [greedy]
+    follow = dataclasses.replace(first, ids=[*first.ids, *greedy, 5, 6, 7], max_tokens=9)
+    generation = engine.submit([follow])
+    tokens = [token for _, token, _ in generation]
+    assert generation.cached == [len(prompt.ids) + len(greedy) - 1]  # the last token was made and not read
+    assert run(engine, dataclasses.replace(follow, owner="fresh")) == [tokens]
+
+
+def test_a_prefix_of_one_regime_is_not_used_in_the_other(engines):
+    """tiny-su switches at 64: what was read short must be read again for a longer prompt."""
+    engine, ids = engines["tiny-su"], list(range(1, 65))
+    long = Prompt([*ids, *range(200, 240)], [], 8, owner="regimes")
+    alone = run(engine, dataclasses.replace(long, owner="alone"))
+    run(engine, Prompt(ids, [], 1, owner="regimes"))
+    generation = engine.submit([long])
+    assert [[token for _, token, _ in generation]] == alone and generation.cached == [0]
+
+
+def test_without_room_for_prefixes_nothing_is_kept(passes):
+    engine = Engine(partial(model.load, parity.PARITY / "tiny-gqa"), cache_bytes=0)
+    engine.wait()
+    prompt, greedy = single(PICTURE)
+    prompt = dataclasses.replace(prompt, max_tokens=10)
+    assert run(engine, prompt) == run(engine, prompt) == [greedy[:10]]
+    assert sum(n for parts in passes for _, n, _ in parts if n > 1) == 2 * len(prompt.ids)
+    assert engine.stats()["cache_bytes"] == 0 and engine.stats()["cached_tokens"] == 0
+    engine.close()
+
+
+def test_an_idle_model_is_freed_and_comes_back_with_the_next_request():
+    loads = []
+    engine = Engine(lambda: loads.append(1) or model.load(TINY), idle_unload=0.05)
+    engine.wait()
+    prompt, greedy = single("tiny-su.text_short")
+    for round_ in (1, 2):
+        assert run(engine, prompt) == [greedy] and len(loads) == round_
+        deadline = time.monotonic() + 30
+        while engine.status != "idle" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine.status == "idle" and engine.stats()["cache_bytes"] == 0
+    engine.close()
+
+
+def test_stats_count_what_was_done(engine):
+    prompt, _ = single("tiny-su.text_short")
+    before = engine.stats()
+    generation = engine.submit([Prompt(prompt.ids, [], 1500), prompt])
+    next(iter(generation))
+    now = engine.stats()
+    assert now["running"] + now["waiting"] == 2 and now["first_token_seconds"] > 0
+    generation.cancel()
+    list(generation)
+    after = engine.stats()
+    assert before["tokens"] == 0 < after["tokens"] and after["running"] == after["waiting"] == 0
 
 
 def test_more_prompts_than_the_queue_ever_takes_are_refused_for_good(engine):
@@ -172,28 +390,19 @@ def test_more_prompts_than_the_queue_ever_takes_are_refused_for_good(engine):
         engine.submit([Prompt([1], [], 1)] * 5)
 
 
-def test_a_prompt_that_fails_ends_alone(engine):
-    prompt, greedy = single("tiny-su.text_short")
-    generation = engine.submit([Prompt(prompt.ids, ["no crops"], 5)])
-    with pytest.raises(RuntimeError, match="generation failed") as caught:
-        list(generation)
-    assert isinstance(caught.value.__cause__, AttributeError)
-    assert run(engine, prompt) == [greedy]
-
-
-def test_a_step_that_fails_ends_its_sequences_and_the_next_request_works(monkeypatch, caplog):
-    def broken(self, tokens, cache, long):
+def test_a_pass_that_fails_ends_its_sequences_and_the_next_request_works(monkeypatch, caplog):
+    def broken(self, embeddings, parts):
         monkeypatch.undo()
         raise MemoryError("no room")
 
     engine = Engine(partial(model.load, TINY))
     engine.wait()
-    monkeypatch.setattr(model.Phi3V, "decode", broken)
+    monkeypatch.setattr(model.Phi3V, "__call__", broken)
     prompt, greedy = single("tiny-su.text_short")
     with pytest.raises(RuntimeError, match="generation failed"):
         run(engine, prompt, prompt)
-    assert "a step failed" in caplog.text
-    assert run(engine, prompt) == [greedy]
+    assert "a pass failed" in caplog.text
+    assert run(engine, prompt) == [greedy] and engine._count == 0
     engine.close()
 
 
@@ -204,7 +413,7 @@ def die(*_):
 def test_an_engine_that_dies_says_so_to_all(monkeypatch, caplog):
     engine = Engine(partial(model.load, TINY))
     engine.wait()
-    monkeypatch.setattr(model.Phi3V, "decode", die)
+    monkeypatch.setattr(model.Phi3V, "__call__", die)
     prompt, _ = single("tiny-su.text_short")
     with pytest.raises(RuntimeError, match="generation failed"):
         run(engine, prompt, prompt)

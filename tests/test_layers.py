@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "phi3v"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"keys", "tls", "request"},
+    {"keys", "tls", "request", "kernel"},
     {"protocol", "images", "tokenizer", "language", "vision"},
-    {"model"},
+    {"model", "cache", "sequences"},
     {"engine"},
     {"llm"},
     {"server"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"language", "vision", "model", "engine"}
+MLX = {"kernel", "language", "vision", "cache", "sequences", "model", "engine"}
 # Inside functions only: so that `list` needs none of it, and a hub id is the only thing that waits for mlx-lm.
 LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "mlx_lm"), ("llm", "__init__"), ("__main__", "server")}
 LAZY |= {("__main__", "protocol"), ("__main__", "__init__"), ("__init__", "errors")}

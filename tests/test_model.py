@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn
 import numpy as np
 import pytest
+import test_parity as parity
 
 from phi3v import model
 from phi3v.errors import SetupError
-from phi3v.language import KVCache
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def logits(phi: model.Phi3V) -> np.ndarray:
-    return np.array(phi.prefill(phi.embed([1, 5, 9], []), KVCache(phi.config.num_hidden_layers)))
+    return np.array(parity.prefill(phi, [1, 5, 9], [], parity.cache_of(phi)))
 
 
 def rewrite(folder: Path, change) -> None:
@@ -174,22 +174,36 @@ def test_a_cpu_computes_in_float32_and_other_types_are_kept_when_asked_for():
 
 def test_rows_of_a_cache_that_join_and_leave_keep_their_own_logits():
     phi = model.load(PARITY / "tiny-gqa")
-    prompts = [[1, 7, 9, 11], [1, 300, 5], list(range(1, 300)), [1]]
-    caches = [KVCache(phi.config.num_hidden_layers) for _ in prompts]
+    prompts = [[1, 7, 9, 11], [1, 300, 5], list(range(1, 300)), [1], [9, 8, 7]]
+    caches = [parity.cache_of(phi) for _ in prompts]
     for ids, cache in zip(prompts, caches, strict=True):
-        phi.prefill(phi.embed(ids, []), cache)
-    alone = [np.array(phi.prefill(phi.embed([*ids, 42], []), KVCache(3)))[0] for ids in prompts]
+        parity.prefill(phi, ids, [], cache)
     together = caches[0]
     for other in caches[1:]:
-        together.join(other)
-    assert together.padding == [295, 296, 0, 298]
-    logits = np.array(phi.decode([42] * 4, together, False))
-    assert np.abs(logits - alone).max() < 1e-4
-    together.keep([3, 0])
-    assert together.padding == [3, 0] and together.length == 5
-    again = np.array(phi.decode([8, 8], together, False))
-    expected = [np.array(phi.prefill(phi.embed([*prompts[i], 42, 8], []), KVCache(3)))[0] for i in (3, 0)]
-    assert np.abs(again - expected).max() < 1e-4
+        together.join(other, len(together.lengths))
+    assert together.lengths == [4, 3, 299, 1, 3] and together.slots >= 5
+    logits = np.array(parity.decode(phi, [42] * 5, together, False))
+    assert np.abs(logits - alone(phi, [[*ids, 42] for ids in prompts])).max() < 1e-4
+    assert together.keep([1, 3, 4]) == [4, 1, 3]  # only the last row moved, into the first gap
+    assert together.lengths == [4, 4, 2]
+    logits = np.array(parity.decode(phi, [6, 7, 8], together, False))
+    expected = [[*prompts[4], 42, 6], [*prompts[1], 42, 7], [*prompts[3], 42, 8]]
+    assert np.abs(logits - alone(phi, expected)).max() < 1e-4
+    assert together.keep([2]) == [2] and together.slots == 1
+    assert np.abs(np.array(parity.decode(phi, [5], together, False)) - alone(phi, [[*expected[2], 5]])).max() < 1e-4
+
+
+def test_a_part_of_a_row_can_be_copied_and_read_on_and_leaves_the_row_as_it_was():
+    phi, ids = model.load(PARITY / "tiny-gqa"), list(range(1, 80))
+    cache = parity.cache_of(phi)
+    parity.prefill(phi, ids, [], cache)
+    for part in (cache.copy(0, 40), cache.head(40, 60)):
+        assert np.abs(np.array(parity.decode(phi, [77], part, False)) - alone(phi, [[*ids[:40], 77]])).max() < 1e-4
+    assert np.abs(np.array(parity.decode(phi, [77], cache, False)) - alone(phi, [[*ids, 77]])).max() < 1e-4
+
+
+def alone(phi: model.Phi3V, prompts: list[list[int]]) -> np.ndarray:
+    return np.array(mx.stack([parity.prefill(phi, ids, [], parity.cache_of(phi)) for ids in prompts]))
 
 
 def test_the_real_configuration_has_the_tensors_of_the_real_checkpoint():

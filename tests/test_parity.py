@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from phi3v import images, model
-from phi3v.language import KVCache, Rope
+from phi3v.language import KVCache, Part, Rope
 from phi3v.tokenizer import IMAGE_TAG, Tokenizer
 
 PARITY = Path(__file__).parent / "parity"
@@ -53,7 +53,32 @@ def crops_of(name: str) -> list[images.Crops]:
 
 @cache
 def features_of(name: str) -> list[mx.array]:
-    return [checkpoint(CASES[name]["checkpoint"])[0].image_features(crops) for crops in crops_of(name)]
+    return checkpoint(CASES[name]["checkpoint"])[0].image_features(crops_of(name)) if CASES[name]["images"] else []
+
+
+def hidden_of(phi: model.Phi3V, ids: list[int], features: list[mx.array], cached: KVCache, chunk: int = 10**6):
+    """The hidden states of a prompt read into `cached`, piece by piece."""
+    ids = np.array(ids)
+    slots = np.zeros(len(ids), int)
+    for k, rows in enumerate(features, 1):
+        slots[ids == -k] = np.arange((ids == -k).sum()) % len(rows)
+    long, pieces = phi.config.is_long(len(ids)), range(0, len(ids), chunk)
+    embedded = [phi.embed(ids[i : i + chunk], slots[i : i + chunk], features) for i in pieces]
+    return mx.concatenate([phi(piece, [Part(cached, len(piece), long)]) for piece in embedded])
+
+
+def prefill(phi: model.Phi3V, ids: list[int], features: list[mx.array], cached: KVCache, chunk: int = 10**6):
+    """The last token's logits (vocab,)."""
+    return phi.logits(hidden_of(phi, ids, features, cached, chunk)[-1])
+
+
+def decode(phi: model.Phi3V, tokens: list[int], cached: KVCache, long: bool):
+    """One more token for each row of a cache → logits (rows, vocab)."""
+    return phi.logits(phi(phi.model.embed_tokens(mx.array(tokens)), [Part(cached, 1, long)]))
+
+
+def cache_of(phi: model.Phi3V) -> KVCache:
+    return KVCache(phi.config.num_hidden_layers)
 
 
 def numbers(case: str) -> dict[str, np.ndarray]:
@@ -91,10 +116,7 @@ def test_pixels_and_features_are_those_of_the_reference(name):
 def test_logits_of_every_prompt_position_are_those_of_the_reference(name):
     case, expected = CASES[name], numbers(name)
     phi, _ = checkpoint(case["checkpoint"])
-    embeddings = phi.embed(expected["input_ids"].tolist(), features_of(name))
-    n = embeddings.shape[1]
-    hidden = phi.model(embeddings, KVCache(phi.config.num_hidden_layers), phi.config.is_long(n))
-    logits = np.array(phi.logits(hidden)[0])
+    logits = np.array(phi.logits(hidden_of(phi, expected["input_ids"].tolist(), features_of(name), cache_of(phi))))
     reduced = golden.logits_reduce(logits)
     assert off(logits[expected["logits_pos"]], expected["logits_rows"]) <= LOGITS
     assert off(logits[-1], expected["logits_last"]) <= LOGITS
@@ -109,32 +131,29 @@ def test_greedy_tokens_are_those_of_the_reference_also_across_the_rope_switch(na
     ids, start, long, cached = expected["input_ids"].tolist(), len(expected["input_ids"]), None, None
     for _ in expected["greedy"]:
         if long != phi.config.is_long(len(ids)):
-            long, cached = phi.config.is_long(len(ids)), KVCache(phi.config.num_hidden_layers)
-            logits = phi.prefill(phi.embed(ids, features_of(name)), cached)
+            long, cached = phi.config.is_long(len(ids)), cache_of(phi)
+            logits = prefill(phi, ids, features_of(name), cached)
         else:
-            logits = phi.decode(ids[-1:], cached, long)
-        ids.append(int(mx.argmax(logits[0])))
+            logits = decode(phi, ids[-1:], cached, long)[0]
+        ids.append(int(mx.argmax(logits)))
     assert ids[start:] == expected["greedy"].tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 63, 64, 700])
-def test_a_prompt_read_in_chunks_gives_the_same_logits(chunk, monkeypatch):
+def test_a_prompt_read_in_chunks_gives_the_same_logits(chunk):
     expected = numbers("tiny-gqa.text_cross")
     phi, _ = checkpoint("tiny-gqa")
     ids = expected["input_ids"].tolist()[-70:] if chunk == 1 else expected["input_ids"].tolist()
-    whole = phi.prefill(phi.embed(ids, []), KVCache(phi.config.num_hidden_layers))
-    monkeypatch.setattr(model, "PREFILL_CHUNK", chunk)
-    pieces = phi.prefill(phi.embed(ids, []), KVCache(phi.config.num_hidden_layers))
+    whole, pieces = (prefill(phi, ids, [], cache_of(phi), n) for n in (len(ids), chunk))
     assert off(np.array(pieces), np.array(whole)) <= 1e-4
 
 
 @pytest.mark.parametrize("chunk", [40, 65])
-def test_chunks_take_the_regime_of_the_whole_prompt(chunk, monkeypatch):
-    monkeypatch.setattr(model, "PREFILL_CHUNK", chunk)
+def test_chunks_take_the_regime_of_the_whole_prompt(chunk):
     expected = numbers("tiny-su.text_65")  # one past the switch: its first chunk alone would be short
     phi, _ = checkpoint("tiny-su")
-    logits = phi.prefill(phi.embed(expected["input_ids"].tolist(), []), KVCache(phi.config.num_hidden_layers))
-    assert off(np.array(logits[0]), expected["logits_last"]) <= LOGITS
+    logits = prefill(phi, expected["input_ids"].tolist(), [], cache_of(phi), chunk)
+    assert off(np.array(logits), expected["logits_last"]) <= LOGITS
 
 
 @pytest.mark.parametrize("name, theirs", [("phi-3-vision-128k-instruct", "phi3"), ("phi-3.5-vision-instruct", "phi35")])

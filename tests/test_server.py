@@ -38,7 +38,7 @@ class FakeLLM:
         self.gate, self.started, self.left = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
 
-    def answer(self, request):
+    def answer(self, request, owner):
         self.requests.append(request)
         if self.refuses:
             raise self.refuses

@@ -1,0 +1,151 @@
+"""What the engine steps: prompts that become sequences, and the batches in which they run.
+
+Token ids and arrays only; knows nothing of threads or of who goes first.
+"""
+
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import RequestError
+from .images import Crops
+from .language import KVCache
+
+# With CUDA every new shape costs: cuDNN builds attention anew (38 ms), cuBLAS looks for kernels, graphs are made again.
+# So there prompts are read in multiples of GRAIN tokens, and up to SPARE rows that have ended stay in a batch.
+GRAIN, SPARE = (64, 7) if mx.cuda.is_available() else (1, 0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`ids` with −k in the slots of `images[k-1]`; generation ends at one of `end_ids` or after `max_tokens`.
+
+    `owner` is who asks: what is kept for one owner is never used for another, and owners take turns.
+    """
+
+    ids: list[int]
+    images: list[Crops]
+    max_tokens: int
+    end_ids: frozenset[int] = frozenset()
+    owner: str = ""
+
+
+class Generation:
+    """The tokens of one submission: iterate for (index of the prompt, token, finish reason or None).
+
+    The token that ends a sequence is not shown: its item has None for it. Raises what went wrong in the engine.
+    `cached[index]` says how many tokens of a prompt did not have to be read again, once its first token is there.
+    """
+
+    def __init__(self, prompts: int):
+        self.cancelled = False
+        self.cached = [0] * prompts
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self._left = prompts
+
+    def __iter__(self) -> Iterator[tuple[int, int | None, str | None]]:
+        while self._left:
+            item = self._items.get()
+            if isinstance(item, RequestError):
+                raise item
+            if isinstance(item, BaseException):
+                raise RuntimeError("generation failed") from item
+            self._left -= item[2] is not None
+            yield item
+
+    def put(self, item: tuple[int, int | None, str | None] | BaseException) -> None:
+        self._items.put(item)
+
+    def cancel(self) -> None:
+        """Stop making tokens for it; the engine notices before its next pass."""
+        self.cancelled = True
+
+
+class Sequence:
+    """A prompt on its way through the engine; only the engine's thread changes it."""
+
+    def __init__(self, prompt: Prompt, index: int, generation: Generation):
+        self.prompt, self.index, self.generation = prompt, index, generation
+        self.arrived = time.monotonic()
+        self.features: list[mx.array | None] = [None] * len(prompt.images)
+        self.made: list[int] = []
+        self.flying = 0  # tokens that the model was asked for and that were not looked at yet
+        self.done = False
+        self.cache: KVCache | None = None  # its own while it is read, a batch's row later
+        self.content = np.array(prompt.ids)  # what is compared with other prompts: digests in the slots of pictures
+        for k, crops in enumerate(prompt.images, 1):
+            self.content[self.content == -k] = crops.digest
+
+    @property
+    def length(self) -> int:
+        """Of the whole sequence, the token that is being made included."""
+        return len(self.prompt.ids) + len(self.made) + self.flying
+
+    @property
+    def most(self) -> int:
+        return len(self.prompt.ids) + self.prompt.max_tokens
+
+    @property
+    def unread(self) -> int:
+        return len(self.ids) - self.read
+
+    def begin(self, long: bool, layers: int, found: tuple[KVCache, int] | None) -> None:
+        """Get ready to be read behind what was found, all that was made so far included."""
+        self.long, self.ids = long, np.array(self.prompt.ids + self.made)
+        self.slots = np.zeros(len(self.ids), int)
+        for k, crops in enumerate(self.prompt.images, 1):
+            here = np.flatnonzero(self.ids == -k)
+            self.slots[here] = np.arange(len(here)) % crops.tokens
+        self.cache, self.read = found or (KVCache(layers), 0)
+        self.cache.reserve(filled(len(self.ids)))
+
+    def content_so_far(self) -> np.ndarray:
+        """`content` and what was made."""
+        return np.concatenate([self.content, np.array(self.made, int)])
+
+    def unseen(self) -> list[int]:
+        """The numbers, from 0, of the pictures whose features the unread part needs and does not have."""
+        missing = [k for k, features in enumerate(self.features) if features is None]
+        return [k for k in missing if (self.ids[self.read :] == -k - 1).any()]
+
+    def piece(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next ids and slots to read, filled up with what is not kept."""
+        end = self.read + count
+        return tuple(np.pad(x[self.read : end], (0, filled(count) - count)) for x in (self.ids, self.slots))
+
+
+@dataclass
+class Batch:
+    """Sequences that run together: row r of the cache is sequences[r], None one that has ended.
+
+    `tokens` (rows,) are their last ones, which may not have been computed yet.
+    """
+
+    sequences: list[Sequence | None]
+    cache: KVCache
+    tokens: mx.array
+
+    def join(self, sequence: Sequence, token: mx.array) -> None:
+        row = self.sequences.index(None) if None in self.sequences else len(self.sequences)
+        self.cache.join(sequence.cache, row)
+        self.sequences[row : row + 1] = [sequence]
+        self.tokens = mx.concatenate([self.tokens[:row], token, self.tokens[row + 1 :]])
+
+    def leave(self, rows: list[int]) -> None:
+        """Free these rows; they are only taken out when they are many, since that changes all shapes."""
+        for row in rows:
+            self.sequences[row] = None
+        used = [row for row, s in enumerate(self.sequences) if s]
+        if rows and used and len(self.sequences) - len(used) > SPARE:
+            order = self.cache.keep(used)
+            self.sequences = [self.sequences[row] for row in order]
+            self.tokens = self.tokens[mx.array(order)]
+
+
+def filled(tokens: int) -> int:
+    """The multiple of GRAIN in which so many tokens are read."""
+    return -(-tokens // GRAIN) * GRAIN
