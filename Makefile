@@ -1,4 +1,5 @@
 # make serve · make test · make lint            (works with make 3.81)
+# make bench                                    phi3v beside mlx-lm and mlx-vlm, see bench/compare.py
 # make serve ARGS="--port 9000"                 further options of `phi3v serve`
 # make serve EXTRA=cuda13                       another MLX backend than the one found: cpu, cuda12, cuda13
 # make serve PYTHON=/path/to/python3.13         another Python than the one found
@@ -20,6 +21,11 @@ lint: $(VENV)/ready-dev
 	@files=$$(ls phi3v/*.py | wc -l) lines=$$(cat phi3v/*.py | wc -l); \
 	echo "phi3v/: $$((files)) Python files of at most 22, $$((lines)) lines of at most 3500"; \
 	test $$files -le 22 -a $$lines -le 3500
+
+bench: $(VENV)/ready
+	@$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python bench/compare.py --size demo $(ARGS)
+	$(BIN)/python bench/compare.py --size small $(ARGS)
 
 clean:
 	rm -rf $(VENV)
@@ -51,4 +57,4 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --group dev
 	@touch $@
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint bench clean

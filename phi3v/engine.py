@@ -32,8 +32,9 @@ MLX = threading.Lock()
 MAX_BATCH = 128  # sequences running together, where memory allows: beyond, a step takes as much longer as it makes more
 MAX_QUEUE = 256  # sequences waiting or running; beyond it a client is better told than kept waiting
 MAX_READING = 8  # prompts read side by side: enough to fill a piece with short ones
-PIECE = 1024  # tokens of prompts read per pass: what running sequences may have to wait for
-ALONE = 2048  # and when none are running
+# Tokens of prompts read per pass: what running sequences, and who comes later, may have to wait for. A large GPU is
+# done with more in 15 ms, and a pass has costs of its own there; the second number is for when nobody runs.
+PIECE, ALONE = (1024, 2048) if mx.cuda.is_available() else (512, 512)
 CROPS = 17  # of pictures looked at per pass: about as much work as a piece
 SHARE = 0.6  # of a machine's memory for weights, KV caches and the kept prefixes; a GPU with its own gives 0.85
 KEPT = 0.25  # of what the weights leave of that for kept prefixes and features
@@ -329,11 +330,10 @@ class Engine:
                 picks.append(at + count - 1)
             at += len(ids)
         if parts:
-            hidden = model(mx.concatenate(inputs), parts)
+            logits = model(mx.concatenate(inputs), parts, mx.array(picks, mx.int32) if len(picks) < at else None)
             flight.arrays = [array for s in self._reading if s.unread and s.read for array in s.cache.arrays()]
             if picks:
-                hidden = hidden if len(picks) == at else hidden[mx.array(picks)]
-                flight.tokens = mx.argmax(model.logits(hidden), -1)
+                flight.tokens = mx.argmax(logits, -1)
                 flight.arrays.append(flight.tokens)
             mx.async_eval(flight.arrays)
             self._regroup(flight, running)

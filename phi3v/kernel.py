@@ -12,12 +12,14 @@ import mlx.core as mx
 # sectors, and its partial softmax (maximum, sum, weighted values) stays in registers until all groups are merged.
 SOURCE = """
 constexpr int VEC = 16 / sizeof(T), PIECES = D / (4 * VEC), EACH = PIECES * VEC, GROUPS = THREADS / 4;
-constexpr int WARPS = THREADS / 32, UNROLL = 4;
+constexpr int WARPS = THREADS / 32;
 struct alignas(16) Vec { T x[VEC]; };
 const int head = blockIdx.y, row = blockIdx.z, kv = head / (HEADS / KV_HEADS);
 const int lane = threadIdx.x % 4, group = threadIdx.x / 4, length = lengths[row];
 const T* mine = qkv + size_t(row) * (HEADS + 2 * KV_HEADS) * D;
-const size_t base = (size_t(row) * KV_HEADS + kv) * keys_shape[2] * D;
+T* my_keys = const_cast<T*>(keys) + row * keys_strides[0] + kv * keys_strides[1];
+T* my_values = const_cast<T*>(values) + row * values_strides[0] + kv * values_strides[1];
+const int64_t key_step = keys_strides[2], value_step = values_strides[2];
 __shared__ float query[D], key[D], value[D], sums[WARPS][D], tops[WARPS], totals[WARPS];
 
 for (int i = threadIdx.x; i < D; i += THREADS) {
@@ -30,9 +32,9 @@ for (int i = threadIdx.x; i < D; i += THREADS) {
   const T turned = T(float(k[i]) * c + float(k[other]) * s), v = mine[(HEADS + KV_HEADS + kv) * D + i];
   key[i] = float(turned);
   value[i] = float(v);
-  if (head % (HEADS / KV_HEADS) == 0) {  // into the cache itself, which MLX only knows as an input: see below
-    const_cast<T*>(keys)[base + size_t(length) * D + i] = turned;
-    const_cast<T*>(values)[base + size_t(length) * D + i] = v;
+  if (head % (HEADS / KV_HEADS) == 0) {  // into the cache itself, which MLX only knows as an input
+    my_keys[length * key_step + i] = turned;
+    my_values[length * value_step + i] = v;
   }
 }
 __syncthreads();
@@ -49,8 +51,8 @@ for (int first = group; first < length; first += GROUPS * UNROLL) {
   float score[UNROLL], best = top;
   for (int u = 0; u < UNROLL; u++) {
     const int n = min(first + u * GROUPS, length - 1);
-    const Vec* kp = reinterpret_cast<const Vec*>(keys + base + size_t(n) * D);
-    const Vec* vp = reinterpret_cast<const Vec*>(values + base + size_t(n) * D);
+    const Vec* kp = reinterpret_cast<const Vec*>(my_keys + n * key_step);
+    const Vec* vp = reinterpret_cast<const Vec*>(my_values + n * value_step);
     for (int p = 0; p < PIECES; p++) {
       k[u][p] = kp[p * 4 + lane];
       v[u][p] = vp[p * 4 + lane];
@@ -109,7 +111,8 @@ for (int i = threadIdx.x; i < D; i += THREADS) {
 @cache
 def _kernel():
     names = ["qkv", "keys", "values", "lengths", "freqs", "scale"]
-    return mx.fast.cuda_kernel(name="decode_attention", input_names=names, output_names=["out"], source=SOURCE)
+    # Whatever its layout, the cache must come as it is: MLX would write the new column into a contiguous copy of it.
+    return mx.fast.cuda_kernel("decode_attention", names, ["out"], SOURCE, ensure_row_contiguous=False)
 
 
 @cache
@@ -134,8 +137,10 @@ def decode_attention(
     """
     rows, dim, kv_heads = len(qkv), keys.shape[-1], keys.shape[1]
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    threads = 256 if rows * heads < 1024 else 128
-    template = [("T", qkv.dtype), ("D", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("THREADS", threads)]
+    # Many small blocks where there are rows for them, else few that each have more loads under way: tried on an H200.
+    threads, unroll = (64, 2) if rows * heads >= 2048 else (256, 4)
+    template = [("T", qkv.dtype), ("D", dim), ("HEADS", heads), ("KV_HEADS", kv_heads)]
+    template += [("THREADS", threads), ("UNROLL", unroll)]
     return _kernel()(
         inputs=[qkv, keys, values, lengths, frequencies, _scalar(scale)],
         template=template,

@@ -130,7 +130,8 @@ class KVCache:
 
 def _padded(x: mx.array, slots: int, capacity: int) -> mx.array:
     room = slots - x.shape[0], capacity - x.shape[2]
-    return mx.pad(x, [(0, room[0]), (0, 0), (0, room[1]), (0, 0)]) if any(room) else x
+    # What a projection gives is a view of queries, keys and values together, and would keep the memory of all three.
+    return mx.pad(x, [(0, room[0]), (0, 0), (0, room[1]), (0, 0)]) if any(room) else mx.contiguous(x)
 
 
 class Rope:
@@ -186,13 +187,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self._heads * self._dim, config.hidden_size, bias=False)
         self._rope = rope
 
-    def __call__(self, x: mx.array, layer: int, parts: list[Part]) -> mx.array:
+    def __call__(self, x: mx.array, layer: int, parts: list[Part], rows: mx.array | None) -> mx.array:
         x = self.qkv_proj(x)
         out, start = [], 0
         for part in parts:
             out.append(self._attend(x[start : start + part.tokens], layer, part))
             start += part.tokens
-        return self.o_proj(mx.concatenate(out) if len(out) > 1 else out[0])
+        x = mx.concatenate(out) if len(out) > 1 else out[0]
+        return self.o_proj(x if rows is None else x[rows])
 
     def _attend(self, x: mx.array, layer: int, part: Part) -> mx.array:
         """(tokens, (heads + 2·kv_heads)·head_dim) of one part → (tokens, heads·head_dim)."""
@@ -231,8 +233,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, layer: int, parts: list[Part]) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), layer, parts)
+    def __call__(self, x: mx.array, layer: int, parts: list[Part], rows: mx.array | None) -> mx.array:
+        x = (x if rows is None else x[rows]) + self.self_attn(self.input_layernorm(x), layer, parts, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -246,10 +248,13 @@ class LanguageModel(nn.Module):
         self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, parts: list[Part]) -> mx.array:
-        """(tokens, hidden) embeddings, part after part and in each row after row → hidden states of the same shape."""
+    def __call__(self, x: mx.array, parts: list[Part], rows: mx.array | None = None) -> mx.array:
+        """(tokens, hidden) embeddings, part after part and in each row after row → hidden states of the same shape.
+
+        With `rows` only of those tokens: the others are not taken further than the last layer's keys and values.
+        """
         for i, layer in enumerate(self.layers):
-            x = layer(x, i, parts)
+            x = layer(x, i, parts, rows if layer is self.layers[-1] else None)
         for part in parts:
             part.cache.advance(part.count)
         return self.norm(x)

@@ -148,12 +148,9 @@ class Phi3V(nn.Module):
             start += len(features[k - 1])
         return mx.concatenate([text, *(features[k - 1] for k in pictures)])[mx.array(rows)]
 
-    def __call__(self, embeddings: mx.array, parts: list[Part]) -> mx.array:
-        """(tokens, hidden) of all parts, one after another → the last hidden states, of the same shape."""
-        return self.model(embeddings, parts)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        return self.lm_head(hidden).astype(mx.float32)
+    def __call__(self, embeddings: mx.array, parts: list[Part], rows: mx.array | None = None) -> mx.array:
+        """(tokens, hidden) of all parts, one after another → float32 logits (tokens, vocab), or of some rows only."""
+        return self.lm_head(self.model(embeddings, parts, rows)).astype(mx.float32)
 
 
 def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = None) -> Phi3V:

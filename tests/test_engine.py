@@ -52,9 +52,9 @@ def passes(monkeypatch):
     """What each pass of any model was made of: (rows, tokens of each, those that count) for each part."""
     seen, call = [], model.Phi3V.__call__
 
-    def watched(self, embeddings, parts):
+    def watched(self, embeddings, parts, rows):
         seen.append([(len(p.cache.lengths), p.columns, p.count) for p in parts])
-        return call(self, embeddings, parts)
+        return call(self, embeddings, parts, rows)
 
     monkeypatch.setattr(model.Phi3V, "__call__", watched)
     return seen
@@ -391,7 +391,7 @@ def test_more_prompts_than_the_queue_ever_takes_are_refused_for_good(engine):
 
 
 def test_a_pass_that_fails_ends_its_sequences_and_the_next_request_works(monkeypatch, caplog):
-    def broken(self, embeddings, parts):
+    def broken(self, embeddings, parts, rows):
         monkeypatch.undo()
         raise MemoryError("no room")
 

@@ -56,25 +56,29 @@ def features_of(name: str) -> list[mx.array]:
     return checkpoint(CASES[name]["checkpoint"])[0].image_features(crops_of(name)) if CASES[name]["images"] else []
 
 
-def hidden_of(phi: model.Phi3V, ids: list[int], features: list[mx.array], cached: KVCache, chunk: int = 10**6):
-    """The hidden states of a prompt read into `cached`, piece by piece."""
+def logits_of(phi: model.Phi3V, ids: list[int], features: list[mx.array], cached: KVCache, chunk: int = 10**6):
+    """The logits of a prompt read into `cached`, piece by piece: (tokens, vocab)."""
     ids = np.array(ids)
     slots = np.zeros(len(ids), int)
     for k, rows in enumerate(features, 1):
         slots[ids == -k] = np.arange((ids == -k).sum()) % len(rows)
     long, pieces = phi.config.is_long(len(ids)), range(0, len(ids), chunk)
     embedded = [phi.embed(ids[i : i + chunk], slots[i : i + chunk], features) for i in pieces]
-    return mx.concatenate([phi(piece, [Part(cached, len(piece), long)]) for piece in embedded])
+    logits = []
+    for piece in embedded:
+        logits.append(phi(piece, [Part(cached, len(piece), long)]))
+        mx.eval(logits[-1], cached.arrays())
+    return mx.concatenate(logits)
 
 
 def prefill(phi: model.Phi3V, ids: list[int], features: list[mx.array], cached: KVCache, chunk: int = 10**6):
     """The last token's logits (vocab,)."""
-    return phi.logits(hidden_of(phi, ids, features, cached, chunk)[-1])
+    return logits_of(phi, ids, features, cached, chunk)[-1]
 
 
 def decode(phi: model.Phi3V, tokens: list[int], cached: KVCache, long: bool):
     """One more token for each row of a cache → logits (rows, vocab)."""
-    return phi.logits(phi(phi.model.embed_tokens(mx.array(tokens)), [Part(cached, 1, long)]))
+    return phi(phi.model.embed_tokens(mx.array(tokens)), [Part(cached, 1, long)])
 
 
 def cache_of(phi: model.Phi3V) -> KVCache:
@@ -116,7 +120,7 @@ def test_pixels_and_features_are_those_of_the_reference(name):
 def test_logits_of_every_prompt_position_are_those_of_the_reference(name):
     case, expected = CASES[name], numbers(name)
     phi, _ = checkpoint(case["checkpoint"])
-    logits = np.array(phi.logits(hidden_of(phi, expected["input_ids"].tolist(), features_of(name), cache_of(phi))))
+    logits = np.array(logits_of(phi, expected["input_ids"].tolist(), features_of(name), cache_of(phi)))
     reduced = golden.logits_reduce(logits)
     assert off(logits[expected["logits_pos"]], expected["logits_rows"]) <= LOGITS
     assert off(logits[-1], expected["logits_last"]) <= LOGITS
