@@ -3,11 +3,19 @@
 Pixels in, one row per image slot out; knows nothing of text. Attribute names are the checkpoint's.
 """
 
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+
+OWN = threading.local()  # streams belong to the thread that makes them, and are only freed with it
 
 
 class Embeddings(nn.Module):
@@ -138,7 +146,7 @@ class VisionModel(nn.Module):
         """
         # With one crop, it and the global view are the same picture.
         crops = [pixels[:1] if grid == (1, 1) else pixels for pixels, grid in pictures]
-        patches = self.img_processor.vision_model(mx.concatenate(crops))
+        patches = self._look(mx.concatenate(crops))
         rows, start = [], 0
         for (_, grid), own in zip(pictures, crops, strict=True):
             mine = patches[start : start + len(own)]
@@ -153,6 +161,21 @@ class VisionModel(nn.Module):
         ends = np.cumsum([len(r) for r in rows])[:-1].tolist()
         return mx.split(x, ends)
 
+    def _look(self, pixels: mx.array) -> mx.array:
+        """The tower over all crops; on a CPU side by side, a core each: most of it is not matrix products there."""
+        tower = self.img_processor.vision_model
+        if mx.default_device() == mx.Device(mx.gpu):
+            return tower(pixels)
+        if not hasattr(OWN, "streams"):
+            OWN.streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]
+        with _blas_of_one_thread():
+            looked = []
+            for i in range(len(pixels)):
+                with mx.stream(OWN.streams[i % len(OWN.streams)]):
+                    looked.append(tower(pixels[i : i + 1]))
+            mx.eval(looked)
+        return mx.concatenate(looked)
+
     def _merge(self, patches: mx.array, rows: int, columns: int) -> mx.array:
         """(rows·columns, n², hidden) → (slots, 4·hidden): one map in raster order, 2×2 merged, sub_GN ends each row."""
         dim = patches.shape[-1]
@@ -162,3 +185,19 @@ class VisionModel(nn.Module):
         x = x.reshape(rows * n // 2, columns * n // 2, 4 * dim)
         ends = mx.broadcast_to(self.sub_GN[0], (len(x), 1, 4 * dim))
         return mx.concatenate([x, ends], 1).reshape(-1, 4 * dim)
+
+
+@contextmanager
+def _blas_of_one_thread() -> Iterator[None]:
+    """OpenBLAS, if it is there, computes in its callers' threads: it serializes those that want all of its own."""
+    try:
+        blas = ctypes.CDLL(None)  # __init__ has made its names global
+        threads, set_threads = blas.openblas_get_num_threads(), blas.openblas_set_num_threads
+    except (AttributeError, OSError, TypeError):  # another BLAS; Windows
+        yield
+        return
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(threads)
