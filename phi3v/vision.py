@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-
 OWN = threading.local()  # streams belong to the thread that makes them, and are only freed with it
 
 
