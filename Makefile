@@ -1,5 +1,6 @@
 # make serve · make test · make lint            (works with make 3.81)
-# make bench                                    phi3v beside mlx-lm and mlx-vlm, see bench/compare.py
+# make bench                                    phi3v beside mlx-lm and mlx-vlm, about 20 minutes: BENCHMARKS.md
+# make soak                                     2,000 random requests, each compared with its lone run
 # make serve ARGS="--port 9000"                 further options of `phi3v serve`
 # make serve EXTRA=cuda13                       another MLX backend than the one found: cpu, cuda12, cuda13
 # make serve PYTHON=/path/to/python3.13         another Python than the one found
@@ -26,6 +27,9 @@ bench: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python bench/compare.py --size demo $(ARGS)
 	$(BIN)/python bench/compare.py --size small $(ARGS)
+
+soak: $(VENV)/ready-dev
+	PHI3V_SOAK=2000 $(BIN)/python -m pytest tests/test_soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)
@@ -57,4 +61,4 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --group dev
 	@touch $@
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test lint bench soak clean

@@ -327,7 +327,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, metavar="SECTION", help=str(sections))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options, began = parser.parse_args(), time.perf_counter()
-    result = {"size": options.size, "date": datetime.now(UTC).isoformat(), "command": " ".join(sys.argv), **machine()}
+    result = {"size": options.size, "date": datetime.now(UTC).isoformat(), "command": "", **machine()}
+    only = f" --only {' '.join(options.only)}" if options.only != sections else ""
+    result["command"] = f"python bench/compare.py --size {options.size}{only}"
     path = options.out / f"{options.size}-{'-'.join(result['device'].lower().split())}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.size)

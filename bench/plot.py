@@ -34,6 +34,8 @@ def plot(path: Path) -> None:
 
 def decode(axes, rows: list[dict]) -> None:
     """Decode tokens/s over sequences running together, text only, both axes logarithmic."""
+    from matplotlib.ticker import LogLocator
+
     points: dict[str, dict[int, float]] = {}
     for row in rows:
         if row.get("n") and "decode, tok/s" in row["values"]:
@@ -45,6 +47,7 @@ def decode(axes, rows: list[dict]) -> None:
     counts = sorted({n for speeds in points.values() for n in speeds})
     axes.set(xlabel="sequences", ylabel="decode, tokens/s", title="text, all sequences together", yscale="log")
     axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:,.0f}")
     if counts:
         axes.set_xscale("log", base=2)

@@ -46,13 +46,16 @@ class Cache:
         return self._entries[best][0][0].head(length, -(-len(content) // grain) * grain), length
 
     def add_prefix(self, owner: str, long: bool, content: np.ndarray, cache: KVCache) -> None:
-        """Keep a cache of one row that holds `content`; what is a part of it is not kept beside it."""
-        if len(content) < MIN_PREFIX:
+        """Keep a cache of one row that holds `content`; of two of which one begins the other, the longer is kept."""
+        size = sum(array.nbytes for array in cache.arrays())
+        if len(content) < MIN_PREFIX or size > self.most:
             return
         for key, (_, stored) in list(self._alike(owner, long, content)):
-            if shared_length(stored, content) == len(stored):
+            shared = shared_length(stored, content)
+            if shared == len(content):
+                return  # it is a part of that one
+            if shared == len(stored):
                 self._remove(key)
-        size = sum(array.nbytes for array in cache.arrays())
         self._add((owner, long, content.tobytes()), (cache, content), size)
 
     def clear(self) -> None:
