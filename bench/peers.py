@@ -203,7 +203,7 @@ class MlxVlm:
 
 def towers(config: Config, weights: dict[str, mx.array], peer: MlxVlm) -> dict:
     """phi3v's and mlx-vlm's vision tower: (crops, 3, side, side) pixels → an array to be evaluated."""
-    ours = with_weights(Phi3V(config), weights).model.vision_embed_tokens.img_processor.vision_model
+    ours = with_weights(Phi3V(config), weights).model.vision_embed_tokens._look
     theirs = peer.model.model.vision_embed_tokens.img_processor.vision_model
     return {"phi3v": ours, "mlx-vlm": lambda pixels: theirs(pixels.transpose(0, 2, 3, 1), True)[-1][-2][:, 1:]}
 

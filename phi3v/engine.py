@@ -10,12 +10,13 @@ device as its input, and whoever turns out to have ended has made one token for 
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +32,8 @@ from .sequences import Batch, Generation, Prompt, Sequence
 MLX = threading.Lock()
 MAX_BATCH = 128  # sequences running together, where memory allows: beyond, a step takes as much longer as it makes more
 MAX_QUEUE = 256  # sequences waiting or running; beyond it a client is better told than kept waiting
-MAX_READING = 8  # prompts read side by side: enough to fill a piece with short ones
+MAX_READING = 8  # prompts read side by side: enough to fill a piece with short ones; an owner leaves one to others
+MAX_LOOKED_AT = 32  # waiting prompts of which one may begin: more cost time in each pass
 # Tokens of prompts read per pass: what running sequences, and who comes later, may have to wait for. A large GPU is
 # done with more in 15 ms, and a pass has costs of its own there; the second number is for when nobody runs.
 PIECE, ALONE = (1024, 2048) if mx.cuda.is_available() else (512, 512)
@@ -72,7 +74,7 @@ class Engine:
         self.limits = {"batch": max_batch, "queue": max_queue, "context": max_context, "cache_bytes": cache_bytes}
         self._changed = threading.Condition()  # guards these three; never held during a pass, or nobody could submit
         self._arrived: list[Sequence] = []
-        self._count = 0
+        self._alive: set[Sequence] = set()  # all that were taken and have not ended, wherever they are
         self._closing = False
         self._model: Phi3V | None = None
         self._cache = Cache(0)
@@ -100,11 +102,10 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """What runs and waits now, what was made so far, and the median time to first token of the last 256, in s."""
         first = sorted(self._first_seconds)
-        rows = [s for b in list(self._batches.values()) for s in b.sequences if s]
-        running = sum(not s.done for s in [*self._reading, *rows])
+        waiting = sum(not s.done for s in [*self._arrived, *self._waiting])
         return {
-            "running": running,
-            "waiting": max(0, self._count - running),
+            "running": len(self._alive) - waiting,
+            "waiting": waiting,
             "tokens": self._tokens,
             "cached_tokens": self._cache.hits,
             "cache_bytes": self._cache.bytes,
@@ -119,16 +120,20 @@ class Engine:
 
     def submit(self, prompts: list[Prompt]) -> Generation:
         """Queue prompts that start together; raises Unavailable when the engine cannot take them."""
-        most, generation = self.limits["queue"], Generation(len(prompts))
+        most, context, generation = self.limits["queue"], self.limits["context"], Generation(len(prompts))
         if len(prompts) > most:
             raise RequestError(f"{len(prompts)} prompts at once, at most {most} may be", "prompt")
+        for p in prompts:
+            if not p.ids or len(p.ids) + p.max_tokens > (context or math.inf):
+                given = f"{len(p.ids)} tokens with an answer of {p.max_tokens}"
+                raise RequestError(f"a prompt has 1 token or more, with its answer {context}, not {given}", "prompt")
         arrived = [Sequence(p, i, generation) for i, p in enumerate(prompts)]
         with self._changed:
             if self.status not in ("ok", "idle"):
                 raise Unavailable(f"the model is {self.status}")
-            if self._count + len(prompts) > most:
-                raise Unavailable(f"{self._count} sequences wait or run, at most {most} may")
-            self._count += len(prompts)
+            if len(self._alive) + len(prompts) > most:
+                raise Unavailable(f"{len(self._alive)} sequences wait or run, at most {most} may")
+            self._alive.update(arrived)
             self._arrived += arrived
             self._changed.notify()
         return generation
@@ -146,16 +151,13 @@ class Engine:
             self._load_model()
             self._ready.set()
             while self._receive():
-                if not self._model:
-                    self._load_model()
                 self._turn()
         except BaseException as error:
             if self._ready.is_set():
                 log.critical("the engine has failed", exc_info=True)
-            self._failure = error
+            self._failure = error.with_traceback(None)  # whose frames hold the model
         with self._changed:  # nothing can be submitted after this
             self._closing = True
-            self._waiting += self._arrived
         self._fail(self._failure or Unavailable("the model is shutting down"))
         self._ready.set()
         self._model = None
@@ -179,7 +181,7 @@ class Engine:
         self._room = max(LEAST_CONTEXT, (free - limits["cache_bytes"]) // per_token)  # tokens of all KV caches
         limits["context"] = min(limits["context"] or self._room, self._room, config.max_position_embeddings)
         limits["batch"] = limits["batch"] or max(1, min(MAX_BATCH, self._room // 1024))
-        self._cache = Cache(limits["cache_bytes"])
+        self._cache.most = limits["cache_bytes"]
         mx.set_cache_limit(memory // 16)  # of freed buffers that MLX keeps for later; it would keep all
 
     def _receive(self) -> bool:
@@ -198,19 +200,22 @@ class Engine:
     def _turn(self) -> None:
         """Launch a pass for whoever can go on, then look at the tokens of the one before."""
         try:
+            if not self._model:
+                self._load_model()
             with MLX:
                 self._sweep()
                 self._admit()
-                self._look()
                 last, self._flight = self._flight, self._launch()
                 self._deliver(last)
+                self._look()
         except Exception as error:
             log.exception("a pass failed; its sequences are ended")
-            self._fail(error)
+            error = error if self._model else Unavailable("the model cannot be loaded now")
+            self._fail(error.with_traceback(None))  # its frames would keep the arrays for as long as a client has it
 
     def _sweep(self) -> None:
         """Take out who has ended, was cancelled, has asked for its last token or outgrows the regime of its batch."""
-        for s in self._known():
+        for s in list(self._alive):
             if s.generation.cancelled:
                 self._end(s, (s.index, None, "cancelled"))
         self._waiting = [s for s in self._waiting if not s.done]
@@ -218,12 +223,14 @@ class Engine:
         for key, batch in list(self._batches.items()):
             gone = []
             for row, s in enumerate(batch.sequences):
-                if s and (s.done or s.length == s.most or self._key(s) != key):
-                    gone.append(row)
-                    if s.done or s.length == s.most:
-                        self._remember(s, batch.cache, row)
-                    else:
-                        self._waiting.append(s)
+                ended = s and (s.done or s.length == s.most)
+                if ended:
+                    self._remember(s, batch.cache, row)
+                elif s and self._key(s) != key:
+                    self._waiting.append(s)
+                else:
+                    continue
+                gone.append(row)
             batch.leave(gone)
             if not any(batch.sequences):
                 del self._batches[key]
@@ -242,9 +249,9 @@ class Engine:
         """Begin to read those whose turn it is."""
         while len(self._reading) < MAX_READING and (s := self._next()):
             self._waiting.remove(s)
+            self._reading.append(s)
             long, layers = self._key(s)[0], self._model.config.num_hidden_layers
             s.begin(long, layers, self._cache.prefix(s.prompt.owner, long, s.content_so_far(), sequences.GRAIN))
-            self._reading.append(s)
             if not s.made:
                 s.generation.cached[s.index] = s.read
 
@@ -253,22 +260,27 @@ class Engine:
         active = [*self._reading, *(s for b in self._batches.values() for s in b.sequences if s)]
         if not self._waiting or len(active) >= self.limits["batch"]:
             return None
-        owners = Counter(s.prompt.owner for s in active)
-        # A prompt's index comes before its age: a request of many must not hold up all others.
-        waiting = (s for s in self._waiting if not s.flying)
-        for s in sorted(waiting, key=lambda s: (not s.made, owners[s.prompt.owner], s.index, s.arrived)):
-            if not self._fits([*active, s]):
-                return None  # who came first waits for room, and is not overtaken by whoever is smaller
-            if not any(self._gains(s, other) for other in self._reading):
+        owners, reading = (Counter(s.prompt.owner for s in group) for group in (active, self._reading))
+        # Each further prompt of a request counts as a second younger: a request of many must not hold up all others.
+        rank = lambda s: (not (s.made or s.flying), owners[s.prompt.owner], s.arrived + s.index)  # noqa: E731
+        for s in sorted(self._waiting, key=rank)[:MAX_LOOKED_AT]:
+            if s.flying or not self._fits([*active, s]):
+                return None  # who came first waits for its token or for room, and is not overtaken
+            if reading[s.prompt.owner] < MAX_READING - 1 and not any(self._gains(s, other) for other in self._reading):
                 return s
         return None
 
     def _fits(self, all_of: list[Sequence]) -> bool:
-        """Whether these have room at their longest; a batch has slots to spare, each as long as its longest row."""
+        """Whether these have room at their longest; a batch has slots to spare, each as long as the longest ever."""
         rows: dict[tuple[bool, int], list[int]] = {}
         for s in all_of:
             rows.setdefault(self._key(s), []).append(s.most)
-        return len(all_of) == 1 or sum(1.25 * len(r) * max(r) for r in rows.values()) <= self._room
+        room = 0.0
+        for key, lengths in rows.items():
+            held = self._batches[key].cache if key in self._batches else None
+            slots, capacity = (held.slots, held.capacity) if held else (0, 0)
+            room += max(1.25 * len(lengths), slots) * max(*lengths, capacity)
+        return len(all_of) == 1 or room <= self._room
 
     def _gains(self, s: Sequence, other: Sequence) -> bool:
         """Whether it is quicker to wait until another prompt, which begins alike, is read, than to read it as well."""
@@ -281,7 +293,7 @@ class Engine:
         wanted: dict[tuple[str, int], list[tuple[Sequence, int]]] = {}
         crops = 0
         for s, k in [(each, k) for each in self._reading for k in each.unseen()]:
-            picture = s.prompt.images[k]
+            picture = s.images[k]
             key = s.prompt.owner, picture.digest
             s.features[k] = self._cache.features(*key)
             if s.features[k] is None and (key in wanted or not wanted or crops + len(picture.pixels) <= CROPS):
@@ -289,12 +301,13 @@ class Engine:
                 wanted.setdefault(key, []).append((s, k))
         if wanted:
             firsts = (group[0] for group in wanted.values())
-            made = self._model.image_features([s.prompt.images[k] for s, k in firsts])
+            made = self._model.image_features([s.images[k] for s, k in firsts])
             mx.async_eval(made)
             for (key, group), features in zip(wanted.items(), made, strict=True):
                 self._cache.add_features(*key, features)
                 for s, k in group:
                     s.features[k] = features
+                    s.images[k] = replace(s.images[k], pixels=None)  # up to 23 MB that are not needed again
 
     def _pieces(self) -> list[tuple[Sequence, int]]:
         """Who reads how many tokens in this pass: the shortest first, but half of it is the oldest's."""
@@ -353,9 +366,9 @@ class Engine:
                 if self._cache.most:
                     self._cache.add_prefix(s.prompt.owner, s.long, s.content_so_far(), s.cache.snapshot())
                 token, key = flight.tokens[i : i + 1], (s.long, self._key(s)[1])
-                if key in self._batches:
+                if key in self._batches and s.length < s.most:
                     self._batches[key].join(s, token)
-                else:
+                elif s.length < s.most:
                     self._batches[key] = Batch([s], s.cache, token)
                 s.cache = None
 
@@ -379,10 +392,10 @@ class Engine:
             if reason:
                 self._end(s, item)
             else:
-                s.generation.put(item)
+                s.generation.items.put(item)
 
     def _fail(self, error: BaseException) -> None:
-        for s in self._known():
+        for s in list(self._alive):
             self._end(s, error)
         for group in (self._waiting, self._reading, self._batches):
             group.clear()
@@ -393,18 +406,14 @@ class Engine:
         self._cache.clear()
         mx.clear_cache()
 
-    def _known(self) -> list[Sequence]:
-        batches = [b.sequences for b in self._batches.values()]
-        return [s for group in (self._waiting, self._reading, *batches, self._flight.sequences) for s in group if s]
-
     def _end(self, s: Sequence, item: tuple | BaseException) -> None:
         """The engine is done with a sequence, once: make room for another, and tell its request."""
         if not s.done:
             s.done = True
             s.features, s.cache = [], None  # freed on this thread, not on the request's
             with self._changed:
-                self._count -= 1
-            s.generation.put(item)
+                self._alive.discard(s)
+            s.generation.items.put(item)
 
 
 def _memory() -> tuple[int, float]:

@@ -76,10 +76,8 @@ class KVCache:
         order = [r if r in rows else moved.pop() for r in range(count)]
         gaps = [r for r in range(count) if order[r] != r]
         for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                if gaps:
-                    old[mx.array(gaps)] = old[mx.array([order[r] for r in gaps])]
-                store[layer] = old
+            for old in store if gaps else []:
+                old[mx.array(gaps)] = old[mx.array([order[r] for r in gaps])]
         self.lengths = [self.lengths[r] for r in order]
         if 2 * count < self.slots:
             self._resize(count, self.capacity)
@@ -113,7 +111,7 @@ class KVCache:
         return new
 
     def snapshot(self) -> "KVCache":
-        """A cache of the same arrays, which what is done to this one later leaves alone."""
+        """A cache of the same arrays: this one goes on behind what they hold, and growing or joining copies them."""
         new = copy(self)
         new.lengths, new.keys, new.values = self.lengths[:], self.keys[:], self.values[:]
         return new

@@ -44,21 +44,18 @@ class Generation:
     def __init__(self, prompts: int):
         self.cancelled = False
         self.cached = [0] * prompts
-        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self.items: queue.SimpleQueue = queue.SimpleQueue()  # what the engine puts there
         self._left = prompts
 
     def __iter__(self) -> Iterator[tuple[int, int | None, str | None]]:
         while self._left:
-            item = self._items.get()
+            item = self.items.get()
             if isinstance(item, RequestError):
                 raise item
             if isinstance(item, BaseException):
                 raise RuntimeError("generation failed") from item
             self._left -= item[2] is not None
             yield item
-
-    def put(self, item: tuple[int, int | None, str | None] | BaseException) -> None:
-        self._items.put(item)
 
     def cancel(self) -> None:
         """Stop making tokens for it; the engine notices before its next pass."""
@@ -71,6 +68,7 @@ class Sequence:
     def __init__(self, prompt: Prompt, index: int, generation: Generation):
         self.prompt, self.index, self.generation = prompt, index, generation
         self.arrived = time.monotonic()
+        self.images = list(prompt.images)
         self.features: list[mx.array | None] = [None] * len(prompt.images)
         self.made: list[int] = []
         self.flying = 0  # tokens that the model was asked for and that were not looked at yet
@@ -97,7 +95,7 @@ class Sequence:
         """Get ready to be read behind what was found, all that was made so far included."""
         self.long, self.ids = long, np.array(self.prompt.ids + self.made)
         self.slots = np.zeros(len(self.ids), int)
-        for k, crops in enumerate(self.prompt.images, 1):
+        for k, crops in enumerate(self.images, 1):
             here = np.flatnonzero(self.ids == -k)
             self.slots[here] = np.arange(len(here)) % crops.tokens
         self.cache, self.read = found or (KVCache(layers), 0)

@@ -12,7 +12,6 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 OWN = threading.local()  # streams belong to the thread that makes them, and are only freed with it
 
@@ -96,12 +95,6 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layers = [EncoderLayer(config) for _ in range(config.layers_used)]
-
-
 class ClipTower(nn.Module):
     """Only the layers below the one whose output is taken exist here: the reference computes and drops the rest."""
 
@@ -109,7 +102,8 @@ class ClipTower(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.encoder = Encoder(config)
+        self.encoder = nn.Module()
+        self.encoder.layers = [EncoderLayer(config) for _ in range(config.layers_used)]
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(crops, channels, side, side) → (crops, patches, hidden); the class token is dropped."""
@@ -119,21 +113,14 @@ class ClipTower(nn.Module):
         return x[:, 1:]
 
 
-class ImageProcessor(nn.Module):
-    """Exists for the name it gives: img_processor.vision_model."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.vision_model = ClipTower(config)
-
-
 class VisionModel(nn.Module):
     """`config` is the tower's (VisionConfig), `hidden_size` the language model's width."""
 
     def __init__(self, config, hidden_size: int):
         super().__init__()
         width = 4 * config.hidden_size  # 2 × 2 patches make one token
-        self.img_processor = ImageProcessor(config)
+        self.img_processor = nn.Module()
+        self.img_processor.vision_model = ClipTower(config)
         self.glb_GN = mx.zeros((1, 1, width))
         self.sub_GN = mx.zeros((1, 1, 1, width))
         self.img_projection = [nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)]
@@ -146,19 +133,16 @@ class VisionModel(nn.Module):
         # With one crop, it and the global view are the same picture.
         crops = [pixels[:1] if grid == (1, 1) else pixels for pixels, grid in pictures]
         patches = self._look(mx.concatenate(crops))
-        rows, start = [], 0
+        features, start = [], 0
         for (_, grid), own in zip(pictures, crops, strict=True):
             mine = patches[start : start + len(own)]
-            whole = self._merge(mine[:1], 1, 1)
-            rows.append(
-                mx.concatenate([whole if len(own) == 1 else self._merge(mine[1:], *grid), self.glb_GN[0], whole])
-            )
             start += len(own)
-        x = mx.concatenate(rows)
-        for layer in self.img_projection:
-            x = layer(x)
-        ends = np.cumsum([len(r) for r in rows])[:-1].tolist()
-        return mx.split(x, ends)
+            whole = self._merge(mine[:1], 1, 1)
+            x = mx.concatenate([whole if len(own) == 1 else self._merge(mine[1:], *grid), self.glb_GN[0], whole])
+            for layer in self.img_projection:  # each for itself: parts of one array would keep each other's memory
+                x = layer(x)
+            features.append(x)
+        return features
 
     def _look(self, pixels: mx.array) -> mx.array:
         """The tower over all crops; on a CPU side by side, a core each: most of it is not matrix products there."""
@@ -167,6 +151,7 @@ class VisionModel(nn.Module):
             return tower(pixels)
         if not hasattr(OWN, "streams"):
             OWN.streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]
+        mx.synchronize()  # what may be under way still has the BLAS's threads
         with _blas_of_one_thread():
             looked = []
             for i in range(len(pixels)):

@@ -36,7 +36,7 @@ def engine():
     engine.wait()
     yield engine
     engine.close()
-    assert engine._count == 0  # every sequence was counted off, once
+    assert not engine._alive  # every sequence was counted off
 
 
 @pytest.fixture(params=["as here", "as with CUDA"])
@@ -403,8 +403,108 @@ def test_a_pass_that_fails_ends_its_sequences_and_the_next_request_works(monkeyp
     with pytest.raises(RuntimeError, match="generation failed"):
         run(engine, prompt, prompt)
     assert "a pass failed" in caplog.text
-    assert run(engine, prompt) == [greedy] and engine._count == 0
+    assert run(engine, prompt) == [greedy] and not engine._alive
     engine.close()
+
+
+@pytest.mark.parametrize("phase", ["_sweep", "_admit", "_look", "_launch", "_regroup", "_deliver", "begin"])
+@pytest.mark.parametrize("most", [1, 9])
+def test_whatever_fails_in_whichever_phase_reaches_all_who_wait_and_the_next_is_answered(monkeypatch, phase, most):
+    engine = Engine(partial(model.load, TINY))
+    engine.wait()
+    prompt, greedy = single("tiny-su.text_short")
+    owner = sequences.Sequence if phase == "begin" else Engine
+    whole, calls = getattr(owner, phase), []
+
+    def broken(self, *rest):
+        calls.append(phase)
+        if len(calls) == 2:  # while the first has made something
+            raise MemoryError("no room")
+        return whole(self, *rest)
+
+    monkeypatch.setattr(owner, phase, broken)
+    generations = [engine.submit([Prompt(prompt.ids, [], most)]) for _ in range(3)]
+    ends = []
+    for generation in generations:
+        try:
+            ends.append([token for _, token, _ in generation])
+        except RuntimeError as error:
+            assert error.__cause__.__traceback__ is None  # its frames would keep the caches
+            ends.append(None)
+    assert None in ends and all(end in (None, greedy[:most]) for end in ends)
+    assert not engine._alive and run(engine, prompt) == [greedy]
+    engine.close()
+
+
+def test_a_model_that_cannot_come_back_is_told_and_tried_again(caplog):
+    working = [True, False, True]
+
+    def load():
+        if not working.pop(0):
+            raise OSError("the disk is away")
+        return model.load(TINY)
+
+    engine = Engine(load, idle_unload=0.02)
+    engine.wait()
+    prompt, greedy = single("tiny-su.text_short")
+    while engine.status != "idle":
+        time.sleep(0.01)
+    with pytest.raises(Unavailable, match="cannot be loaded now"):
+        run(engine, prompt)
+    assert engine.status == "idle" and "the disk is away" in caplog.text
+    assert run(engine, prompt) == [greedy]
+    engine.close()
+
+
+def test_who_outgrows_the_short_factors_keeps_the_place(held, passes):
+    engine = Engine(partial(model.load, TINY), max_batch=1, cache_bytes=0)
+    engine.wait()
+    crossing = engine.submit([Prompt([1] * 64, [], 20)])
+    other = engine.submit([Prompt([1] * 9, [], 30)])
+    held.set()
+    assert len(list(crossing)) == 20 and len(list(other)) == 30
+    read = [n for parts in passes for _, n, _ in parts if n > 1]
+    assert read == [64, 65, 9]
+    engine.close()
+
+
+def test_later_prompts_of_a_request_are_not_overtaken_for_ever(passes):
+    engine = Engine(partial(model.load, TINY), max_batch=1, cache_bytes=0)
+    engine.wait()
+    stop = threading.Event()
+
+    def crowd(k):
+        while not stop.is_set():
+            list(engine.submit([Prompt([1] * 5, [], 1, owner=f"crowd {k}")]))
+
+    threads = [threading.Thread(target=crowd, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    both = list(engine.submit([Prompt([1] * 20, [], 1, owner="a"), Prompt([1] * 21, [], 1, owner="a")]))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(index for index, _, _ in both) == [0, 1]
+    engine.close()
+
+
+def test_one_owner_cannot_read_in_all_places(held, passes):
+    engine = Engine(partial(model.load, TINY), cache_bytes=0)
+    engine.wait()
+    many = [engine.submit([Prompt([1] * 700, [], 1, owner="a")]) for _ in range(12)]
+    other = engine.submit([Prompt([1] * 7, [], 1, owner="b")])
+    held.set()
+    list(other)
+    assert (1, 7, 7) in passes[0]
+    for generation in many:
+        list(generation)
+    engine.close()
+
+
+@pytest.mark.parametrize("prompt", [Prompt([], [], 5), Prompt([1] * 2000, [], 49)])
+def test_what_can_never_run_is_refused_at_once(engine, prompt):
+    with pytest.raises(RequestError, match="1 token or more, with its answer 2048, not"):
+        engine.submit([prompt])
 
 
 def die(*_):
