@@ -147,7 +147,7 @@ class VisionModel(nn.Module):
     def _look(self, pixels: mx.array) -> mx.array:
         """The tower over all crops; on a CPU side by side, a core each: most of it is not matrix products there."""
         tower = self.img_processor.vision_model
-        if mx.default_device() == mx.Device(mx.gpu):
+        if mx.default_device() == mx.Device(mx.gpu) or len(pixels) == 1:
             return tower(pixels)
         if not hasattr(OWN, "streams"):
             OWN.streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]
