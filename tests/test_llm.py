@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import phi3v
 from phi3v.errors import RequestError, SetupError
+from phi3v.request import Request
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 160, 60), (40, 80, 220)
 
@@ -210,3 +211,27 @@ def test_the_checkpoint_is_named_after_what_was_loaded(llm, tmp_path):
     snapshot.symlink_to(phi3v.__path__[0] + "/demo")
     with phi3v.load(str(snapshot)) as other:
         assert other.checkpoint == f"{snapshot}@0123456789ab"
+
+
+def test_a_second_question_about_a_picture_is_read_from_where_the_first_ended():
+    def ask(question: str, owner: str):
+        with llm.answer(Request([question], [[CIRCLE]]), owner) as deltas:
+            pieces = list(deltas)
+        return "".join(d.text for d in pieces), pieces[-1].cached_tokens
+
+    with phi3v.load("demo") as llm:
+        assert ask("What is shown in this image?", "a") == ("A red circle.", 0)
+        text, cached = ask("What color is the circle?", "a")
+        assert text == "The circle is red." and cached > 300
+        assert ask("What color is the circle?", "b") == ("The circle is red.", 0)
+        assert llm.stats()["cached_tokens"] == cached
+
+
+def test_the_context_may_be_limited_and_is_told():
+    with phi3v.load("demo", max_context=50) as llm:
+        assert llm.limits["context"] == 50
+        with pytest.raises(RequestError, match="max_tokens is 45: more than the context of 50"):
+            llm.generate("What is 3 + 4?", max_tokens=45)
+        assert llm.generate("What is 3 + 4?") == "3 + 4 = 7."
+        with pytest.raises(RequestError, match="the context 50"):
+            llm.generate("What is 3 + 4? " * 30)

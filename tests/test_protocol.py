@@ -196,8 +196,8 @@ def test_interleaved_pieces_of_several_answers_become_one_reply():
         Delta(0, "a1 "),
         Delta(1, "", "length", 7, 1),
         Delta(0, "ä2"),
-        Delta(2, "3", "stop", 5, 4),
-        Delta(0, "", "stop", 10, 20),
+        Delta(2, "3", "stop", 5, 4, 3),
+        Delta(0, "", "stop", 10, 20, 8),
     ]
     now = datetime(2026, 11, 22, 10, 8, 53, 64652, tzinfo=UTC)
     reply = protocol.completion_response(iter(deltas), "demo-1", now)
@@ -217,7 +217,7 @@ def test_interleaved_pieces_of_several_answers_become_one_reply():
             "prompt_tokens": 22,
             "completion_tokens": 25,
             "total_tokens": 47,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 11},
         },
         "responses": ["a1 ä2", "", "c3"],
         "timestamp": "2026-11-22T10:08:53.064652+00:00",

@@ -40,6 +40,7 @@ class FakeLLM:
 
     def answer(self, request, owner):
         self.requests.append(request)
+        self.owner = owner
         if self.refuses:
             raise self.refuses
         return self
@@ -336,6 +337,16 @@ def test_a_broken_generation_is_a_500_that_tells_nothing_and_the_next_request_wo
     assert " status=500 " in site.line() and site.llm.left.is_set()
     site.llm.breaks = None
     assert client.send(site.http()).reply().status == 200
+
+
+def test_what_is_kept_belongs_to_the_key_that_asked(site):
+    site.post()
+    assert site.llm.owner == site.keys.list()[0].id
+
+
+def test_health_of_a_model_that_was_freed_for_the_time_being_is_good(site):
+    site.llm.status = "idle"
+    assert site.post(b"", "GET /health", X_API_Key=None).body == b'{"status":"idle"}'
 
 
 @pytest.mark.parametrize("status", ["loading", "draining", "failed"])
