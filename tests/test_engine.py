@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,6 +249,15 @@ def test_what_does_not_fit_in_memory_waits_and_is_not_overtaken(held, passes):
     assert passes[0] == [(1, 70, 70)] and passes[1:30] == [[(1, 1, 1)]] * 29
     assert passes[30] == [(1, 5, 5), (1, 150, 150)]
     engine.close()
+
+
+def test_room_is_counted_as_batches_hold_it_and_not_only_as_their_rows_need_it(engine):
+    s = sequences.Sequence(Prompt([1] * 40, [], 20), 0, sequences.Generation(1))
+    engine._room = 200
+    assert engine._fits([s, s])
+    engine._batches[engine._key(s)] = SimpleNamespace(cache=SimpleNamespace(slots=8, capacity=64), sequences=[])
+    assert not engine._fits([s, s])
+    engine._batches.clear()
 
 
 def test_limits_come_from_memory_and_may_be_set():

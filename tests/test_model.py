@@ -206,6 +206,17 @@ def alone(phi: model.Phi3V, prompts: list[list[int]]) -> np.ndarray:
     return np.array(mx.stack([parity.prefill(phi, ids, [], parity.cache_of(phi)) for ids in prompts]))
 
 
+def test_pictures_looked_at_together_keep_no_memory_of_each_other():
+    phi, pictures = model.load(PARITY / "tiny-gqa"), parity.crops_of("tiny-gqa.img_landscape") * 4
+    mx.eval(phi.image_features(pictures))
+    mx.clear_cache()
+    before, made = mx.get_active_memory(), phi.image_features(pictures)
+    mx.eval(made)
+    kept = made.pop()
+    made.clear()
+    assert kept.nbytes <= mx.get_active_memory() - before < 1.5 * kept.nbytes
+
+
 def test_the_real_configuration_has_the_tensors_of_the_real_checkpoint():
     """592 tensors of 4,146,621,440 numbers, less the tower's last layer and norm, which nothing reads."""
     factors = json.loads((PARITY / "rope_tables.json").read_text())["phi-3.5-vision-instruct"]
