@@ -12,7 +12,7 @@ import numpy as np
 
 from .language import KVCache
 
-MIN_PREFIX = 64  # tokens: fewer are read again as fast as they are copied
+MIN_PREFIX = 64  # tokens: fewer are not worth an entry, and every chat begins with some in common
 
 
 class Cache:

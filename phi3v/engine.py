@@ -30,12 +30,12 @@ from .sequences import Batch, Generation, Prompt, Sequence
 
 # The one lock that serializes MLX: held around every load and turn, by every engine of this process.
 MLX = threading.Lock()
-MAX_BATCH = 128  # sequences running together, where memory allows: beyond, a step takes as much longer as it makes more
+MAX_BATCH = 128  # sequences running together, where memory allows: the most that was measured
 MAX_QUEUE = 256  # sequences waiting or running; beyond it a client is better told than kept waiting
 MAX_READING = 8  # prompts read side by side: enough to fill a piece with short ones; an owner leaves one to others
 MAX_LOOKED_AT = 32  # waiting prompts of which one may begin: more cost time in each pass
-# Tokens of prompts read per pass: what running sequences, and who comes later, may have to wait for. A large GPU is
-# done with more in 15 ms, and a pass has costs of its own there; the second number is for when nobody runs.
+# Tokens of prompts read per pass: what running sequences, and who comes later, may have to wait for. An H200
+# reads 1,024 in 20 ms, and a pass has costs of its own there; the second number is for when nobody runs.
 PIECE, ALONE = (1024, 2048) if mx.cuda.is_available() else (512, 512)
 CROPS = 17  # of pictures looked at per pass: about as much work as a piece
 SHARE = 0.6  # of a machine's memory for weights, KV caches and the kept prefixes; a GPU with its own gives 0.85
