@@ -72,7 +72,7 @@ def serve(arguments: argparse.Namespace) -> None:
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
-        limits = arguments.max_content_length, arguments.max_tokens
+        limits = arguments.max_content_length, arguments.max_tokens, arguments.max_chat_content_length
         with closing(KeyStore(arguments.db)) as keys:
             try:
                 server = Server((arguments.host, arguments.port), context, llm, keys, *limits)
@@ -157,7 +157,8 @@ def generate(arguments: argparse.Namespace) -> None:
         params = {"max_tokens": arguments.max_tokens, "num_crops": arguments.num_crops}
         with llm.stream(_text(os.fsencode(arguments.prompt)), arguments.image, **params) as deltas:
             if arguments.json:
-                print(json.dumps(protocol.completion_response(deltas, llm.checkpoint), ensure_ascii=False, indent=2))
+                answer = protocol.Answer(False, llm.checkpoint, 1)
+                print(json.dumps(answer.whole(deltas), ensure_ascii=False, indent=2))
                 return
             for delta in deltas:
                 print(delta.text, end="", flush=True)
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     _option(sub, "--log-file", default="server.log")
     _option(sub, "--log-level", default="info", choices=["debug", "info", "warning", "error"])
     _option(sub, "--max-content-length", type=_size, default="1MB", help="largest body, such as 500KB or 1MB")
+    _option(sub, "--max-chat-content-length", type=_size, default="20MB", help="the same, of the chat route")
     _option(sub, "--max-tokens", type=_positive, default=1024, help="the most that a request may ask for")
     _option(sub, "--max-batch", type=_auto(_positive), default="auto", help="the most sequences that run at once")
     _option(sub, "--max-queue", type=_positive, default="256", help="the most that run or wait")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import sequences
+from . import sampling, sequences
 from .cache import Cache, shared_length
 from .errors import RequestError, Unavailable
 from .language import KVCache, Part
@@ -51,6 +51,9 @@ class _Flight:
 
     sequences: list[Sequence | None] = field(default_factory=list)
     tokens: mx.array | None = None
+    shown: list[int] = field(default_factory=list)  # the rows of those that want log-probabilities
+    logprobs: list[mx.array] = field(default_factory=list)
+    scored: list[Sequence] = field(default_factory=list)  # whose targets have all been scored
     arrays: list[mx.array] = field(default_factory=list)
 
 
@@ -118,9 +121,9 @@ class Engine:
         if self._failure:
             raise self._failure
 
-    def submit(self, prompts: list[Prompt]) -> Generation:
+    def submit(self, prompts: list[Prompt], patience: float | None = None) -> Generation:
         """Queue prompts that start together; raises Unavailable when the engine cannot take them."""
-        most, context, generation = self.limits["queue"], self.limits["context"], Generation(len(prompts))
+        most, context, generation = self.limits["queue"], self.limits["context"], Generation(len(prompts), patience)
         if len(prompts) > most:
             raise RequestError(f"{len(prompts)} prompts at once, at most {most} may be", "prompt")
         for p in prompts:
@@ -187,7 +190,7 @@ class Engine:
     def _receive(self) -> bool:
         """Take what was submitted, sleeping while there is nothing to do; False when the engine is to end."""
         with self._changed:
-            if not (self._waiting or self._reading or self._batches or self._flight.sequences):
+            if not (self._waiting or self._reading or self._batches or self._flight.arrays):
                 patience = self._idle_unload if self._model else 0
                 if not self._changed.wait_for(lambda: self._arrived or self._closing, patience or None):
                     self._model = None
@@ -216,7 +219,7 @@ class Engine:
     def _sweep(self) -> None:
         """Take out who has ended, was cancelled, has asked for its last token or outgrows the regime of its batch."""
         for s in list(self._alive):
-            if s.generation.cancelled:
+            if s.generation.cancelled[s.index]:
                 self._end(s, (s.index, None, "cancelled"))
         self._waiting = [s for s in self._waiting if not s.done]
         self._reading = [s for s in self._reading if not s.done]
@@ -251,7 +254,8 @@ class Engine:
             self._waiting.remove(s)
             self._reading.append(s)
             long, layers = self._key(s)[0], self._model.config.num_hidden_layers
-            s.begin(long, layers, self._cache.prefix(s.prompt.owner, long, s.content_so_far(), sequences.GRAIN))
+            content = s.content_so_far()[: s.first + 1]
+            s.begin(long, layers, self._cache.prefix(s.prompt.owner, long, content, sequences.GRAIN))
             if not s.made:
                 s.generation.cached[s.index] = s.read
 
@@ -333,24 +337,55 @@ class Engine:
             flight.sequences += batch.sequences
             at += len(batch.sequences)
         picks, running = list(range(at)), at
+        scored: list[tuple[Sequence, range, int]] = []  # with the rows and the first position of what is scored
         for s, count in self._pieces():
             ids, slots = s.piece(count)
             inputs.append(model.embed(ids, slots, s.features))
             parts.append(Part(s.cache, len(ids), s.long, count))
+            if s.prompt.targets:
+                start = max(s.read, s.first)
+                scored.append((s, range(at + start - s.read, at + count), start))
             s.read += count
-            if not s.unread:
+            if not s.unread and not s.prompt.targets:
                 flight.sequences.append(s)
                 picks.append(at + count - 1)
             at += len(ids)
         if parts:
-            logits = model(mx.concatenate(inputs), parts, mx.array(picks, mx.int32) if len(picks) < at else None)
+            rows = picks + [row for _, some, _ in scored for row in some]
+            logits = model(mx.concatenate(inputs), parts, None if rows == list(range(at)) else mx.array(rows, mx.int32))
             flight.arrays = [array for s in self._reading if s.unread and s.read for array in s.cache.arrays()]
             if picks:
-                flight.tokens = mx.argmax(logits, -1)
-                flight.arrays.append(flight.tokens)
+                self._sample(flight, logits[: len(picks)])
+            self._score(flight, scored, logits[len(picks) :])
             mx.async_eval(flight.arrays)
             self._regroup(flight, running)
         return flight
+
+    def _sample(self, flight: _Flight, logits: mx.array) -> None:
+        """Choose the next tokens, and note how probable they are for those who want to know."""
+        flight.tokens = sampling.sample(logits, [s.sampler if s else None for s in flight.sequences])
+        asked = [(row, s.prompt.params.logprobs) for row, s in enumerate(flight.sequences) if s]
+        flight.shown = [row for row, top in asked if top is not None]
+        if flight.shown:
+            rows, top = mx.array(flight.shown), max(top or 0 for _, top in asked)
+            flight.logprobs = sampling.logprobs(logits[rows], flight.tokens[rows], top)
+        flight.arrays += [flight.tokens, *flight.logprobs]
+
+    def _score(self, flight: _Flight, scored: list[tuple[Sequence, range, int]], logits: mx.array) -> None:
+        """Add up the log-probabilities of the targets that follow what was read in this pass."""
+        at = 0
+        for s, rows, start in scored:
+            targets = s.prompt.targets[start - s.first :][: len(rows)]
+            if targets:
+                own, *_ = sampling.logprobs(logits[at : at + len(rows)], mx.array(targets), 0)
+                s.score = s.score + own.sum()
+                flight.arrays.append(s.score)
+                at += len(rows)
+            if not s.unread:
+                flight.scored.append(s)
+                self._reading.remove(s)
+                if self._cache.most and not s.generation.cached[s.index]:  # the other choices begin alike
+                    self._cache.add_prefix(s.prompt.owner, s.long, s.content_so_far(), s.cache.snapshot())
 
     def _regroup(self, flight: _Flight, running: int) -> None:
         """Give the batches their new tokens, and a row in one of them to each prompt that was read to its end."""
@@ -375,6 +410,13 @@ class Engine:
     def _deliver(self, flight: _Flight) -> None:
         """Wait for a pass and hand its tokens to their requests."""
         mx.eval(flight.arrays)
+        for row, own, *top in zip(flight.shown, *(array.tolist() for array in flight.logprobs), strict=True):
+            s = flight.sequences[row]
+            best = sorted(zip(*top, strict=True), key=lambda each: -each[1])[: s.prompt.params.logprobs]
+            s.generation.logprobs[s.index].append((own, best))
+        for s in flight.scored:
+            s.generation.scores[s.index] = s.score.item()
+            self._end(s, (s.index, None, "stop"))
         tokens = flight.tokens.tolist() if flight.sequences else []
         for s, token in zip(flight.sequences, tokens, strict=True):
             if s:

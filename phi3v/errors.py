@@ -30,6 +30,10 @@ class NotFound(RequestError):
     status, type = 404, "not_found_error"
 
 
+class ModelNotFound(NotFound):
+    type = "model_not_found"
+
+
 class MethodNotAllowed(RequestError):
     status = 405
 

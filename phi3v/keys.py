@@ -154,7 +154,7 @@ class KeyStore:
             raise Forbidden("the API key is unknown, expired or deleted; `phi3v list` shows the keys there are")
         return key
 
-    def take(self, key: Key) -> Allowance:
+    def take(self, key: Key, count: bool = True) -> Allowance:
         """Count one request, or raise RateLimited: at most `rate_limit` are accepted in any 60 seconds.
 
         Exact between processes: the whole check is one write transaction, and the time is read inside it.
@@ -165,16 +165,16 @@ class KeyStore:
             sql("DELETE FROM hits WHERE at <= ?", (now - WINDOW,))
             # After the clock was set back, later hits would lock the key out until it catches up.
             sql("UPDATE hits SET at = ? WHERE at > ?", (now, now))
-            count = sql("SELECT count(*) FROM hits WHERE key = ?", (key.id,)).fetchone()[0]
-            accepted = count < key.rate_limit
+            hits = sql("SELECT count(*) FROM hits WHERE key = ?", (key.id,)).fetchone()[0]
+            accepted = count and hits < key.rate_limit
             if accepted:
                 sql("INSERT INTO hits VALUES (?, ?)", (key.id, now))
             # The hit whose end makes room: the oldest one, or a later one if the limit was lowered meanwhile.
-            skip = max(count - key.rate_limit, 0)
+            skip = max(hits - key.rate_limit, 0)
             oldest = sql("SELECT at FROM hits WHERE key = ? ORDER BY at LIMIT 1 OFFSET ?", (key.id, skip)).fetchone()
-        reset = max(1, math.ceil((oldest[0] + WINDOW - now) / 1e6))
-        if accepted:
-            return Allowance(key.rate_limit, key.rate_limit - count - 1, reset)
+        reset = max(1, math.ceil((oldest[0] + WINDOW - now) / 1e6)) if oldest else 0
+        if accepted or not count:
+            return Allowance(key.rate_limit, max(0, key.rate_limit - hits - count), reset)
         headers = {"Retry-After": str(reset)} | Allowance(key.rate_limit, 0, reset).headers()
         raise RateLimited(
             f"this key's {key.rate_limit} requests per minute are used up; try again in {reset} s", headers=headers

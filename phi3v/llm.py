@@ -6,17 +6,32 @@ engine's only steps.
 
 import json
 import logging
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import NoneType
 
+import numpy as np
+
 from . import images, model
+from .cache import shared_length
 from .engine import Engine
 from .errors import RequestError, SetupError
-from .request import DEFAULT_MAX_TOKENS, Delta, Request, SamplingParams, image_bytes
+from .request import (
+    DEFAULT_MAX_TOKENS,
+    Chat,
+    Delta,
+    Picture,
+    Request,
+    SamplingParams,
+    check_text,
+    image_bytes,
+    question,
+)
 from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Tokenizer
 
@@ -72,13 +87,15 @@ class LLM:
         """The whole answer, or a list of them for a list of prompts, which run as one batch.
 
         `images` holds paths, bytes, PIL images or data: URLs; for a list of prompts one such list for each.
-        `params` are the fields of SamplingParams. Raises RequestError for what cannot be answered.
+        `params` are the fields of SamplingParams; with `n` there is a list of so many for each prompt in turn.
+        Raises RequestError for what cannot be answered.
         """
+        texts: dict[int, str] = defaultdict(str)
         with self.stream(prompt, images, **params) as deltas:
-            texts = [""] * (1 if isinstance(prompt, str) else len(prompt))
             for delta in deltas:
                 texts[delta.index] += delta.text
-        return texts[0] if isinstance(prompt, str) else texts
+        answers = [texts[index] for index in sorted(texts)]
+        return answers[0] if isinstance(prompt, str) and len(answers) == 1 else answers
 
     def stream(self, prompt: str | list[str], images: list | None = None, **params) -> "Deltas":
         """The answer as it is made. The arguments are those of `generate`; all errors of theirs are raised here."""
@@ -92,52 +109,79 @@ class LLM:
             raise TypeError("prompt must be a string or a list of at least one")
         if len(pictures) not in (0, len(prompts)):
             raise TypeError(f"images must hold {len(prompts)} lists, one for each prompt, not {len(pictures)}")
-        if "" in prompts:
-            raise RequestError("prompt is empty", "prompt")
-        request = Request(prompts, pictures or [[]] * len(prompts), SamplingParams(**params))
-        return self.answer(request)
+        chats = []
+        for i, (text, sources) in enumerate(zip(prompts, pictures or [[]] * len(prompts), strict=True)):
+            check_text("prompt", text)
+            where = f"images[{i}]" if several else "images"
+            chats.append(question(text, [Picture(source, f"{where}[{k}]") for k, source in enumerate(sources)]))
+        return self.answer(Request(chats, SamplingParams(**params)))
 
-    def answer(self, request: Request, owner: str = "") -> "Deltas":
+    def answer(self, request: Request, owner: str = "", patience: float | None = None) -> "Deltas":
         """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them.
 
-        What is kept of a request is only ever used for others of the same owner.
+        What is kept of a request is only ever used for others of the same owner. Among the Deltas is a None after
+        `patience` seconds of silence.
         """
-        prompts, room = [], self._context()
-        for i, (text, sources) in enumerate(zip(request.prompts, request.images, strict=True)):
-            where = f"images[{i}]" if len(request.prompts) > 1 else "images"
-            crops = [self._crops(source, request.params, f"{where}[{k}]") for k, source in enumerate(sources)]
-            ids = self.tokenizer.encode(self.tokenizer.prompt(text, len(crops)), [c.tokens for c in crops], room)
-            prompts.append(Prompt(ids, crops, self._room(len(ids), request.params.max_tokens), self._end_ids, owner))
-        lengths, decoders = [len(p.ids) for p in prompts], [self.tokenizer.decoder() for _ in prompts]
-        return Deltas(self._engine.submit(prompts), lengths, decoders)
+        prompts, decoders = [], []
+        for chat in request.chats:
+            crops = [self._crops(picture, request.params) for picture in chat.pictures]
+            if request.params.choices:
+                prompts += self._choices(chat, crops, request, owner)
+                continue
+            ids = self._encode(chat, crops)
+            most = self._room(len(ids), request)
+            goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
+            for branch in range(request.params.n):
+                prompts.append(Prompt(ids, crops, most, self._end_ids, owner, request.params, branch))
+                decoders.append(self.tokenizer.decoder(request.params.stop, goes_on))
+        generation = self._engine.submit(prompts, patience)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        if request.params.choices:
+            return Deltas(generation, _chosen(generation, prompts, request.params.choices))
+        return Deltas(generation, _pieces(generation, lengths, decoders))
 
     def close(self) -> None:
         """Free the model; requests that still run fail."""
         self._engine.close()
 
-    def _crops(self, source, params: SamplingParams, param: str) -> images.Crops:
+    def _crops(self, picture: Picture, params: SamplingParams) -> images.Crops:
+        source, most = picture.source, picture.num_crops or params.num_crops or self._num_crops
         try:
-            picture = images.load(image_bytes(source) if _is_data_url(source) else source)
-            return images.process(picture, params.num_crops or self._num_crops)
+            return images.process(images.load(image_bytes(source) if _is_data_url(source) else source), most)
         except RequestError as error:
-            raise RequestError(f"{param}: {error.message}", param) from error.__cause__
+            raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
+
+    def _encode(self, chat: Chat, crops: list[images.Crops], choice: str = "") -> list[int]:
+        parts = self.tokenizer.chat(chat.messages) + [choice] * bool(choice)
+        return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
+
+    def _choices(self, chat: Chat, crops: list[images.Crops], request: Request, owner: str) -> list[Prompt]:
+        """A prompt for each choice; its targets are what it adds to the beginning that all share, and the end."""
+        encoded = [self._encode(chat, crops, choice) for choice in request.params.choices]
+        shared = min(shared_length(np.array(encoded[0]), np.array(ids)) for ids in encoded)
+        end = self.tokenizer.special["<|end|>"]
+        prompts = []
+        for ids in encoded:
+            self._room(len(ids), request)
+            prompts.append(Prompt(ids, crops, 1, owner=owner, params=request.params, targets=(*ids[shared:], end)))
+        return prompts
 
     def _context(self) -> int:
         """The most tokens of a prompt and its answer: what the model takes, and this machine's memory."""
         return self.limits["context"] or self.config.max_position_embeddings
 
-    def _room(self, prompt_tokens: int, asked: int | None) -> int:
-        """The tokens an answer may have: what was asked, which must fit, or the default, cut to what fits."""
-        context = self._context()
+    def _room(self, prompt_tokens: int, request: Request) -> int:
+        """The tokens an answer may have: what was asked, which must fit or is cut to what fits, or the default."""
+        context, asked = self._context(), request.params.max_tokens
         room = context - prompt_tokens
         if room < 1:
             raise RequestError(f"the prompt has {prompt_tokens} tokens, the context {context}: shorten it", "prompt")
-        if asked is not None and asked > room:
+        if asked is not None and asked > room and not request.clamp:
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}: more than the context of {context}",
                 "max_tokens",
             )
-        return min(DEFAULT_MAX_TOKENS, room) if asked is None else asked
+        return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
 
 
 class Deltas:
@@ -146,14 +190,13 @@ class Deltas:
     One that is dropped, as by `break` in a `for` loop, cancels too.
     """
 
-    def __init__(self, generation: Generation, lengths: list[int], decoders: list[Decoder]):
-        self._generation = generation
-        self._pieces = _pieces(generation, lengths, decoders)
+    def __init__(self, generation: Generation, pieces: Iterator[Delta | None]):
+        self._generation, self._pieces = generation, pieces
 
     def __iter__(self) -> "Deltas":
         return self
 
-    def __next__(self) -> Delta:
+    def __next__(self) -> Delta | None:
         return next(self._pieces)
 
     def __enter__(self) -> "Deltas":
@@ -165,18 +208,51 @@ class Deltas:
     __del__ = __exit__
 
 
-def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder]) -> Iterator[Delta]:
-    made = [0] * len(lengths)
-    for index, token, reason in generation:
-        text = ""
+def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder]) -> Iterator[Delta | None]:
+    made, running = [0] * len(lengths), set(range(len(lengths)))
+    for item in generation:
+        if item is None or item[0] not in running:
+            yield from () if item else (None,)
+            continue
+        index, token, reason = item
+        decoder, text = decoders[index], ""
         if token is not None:
             made[index] += 1
-            text = decoders[index].push(token)
+            known = generation.logprobs[index]
+            text = decoder.push(token, known.popleft() if known else None)
+        if decoder.stopped and not reason:
+            generation.cancel(index)
+        if reason and not decoder.stopped:
+            text += decoder.finish()
+        reason = "stop" if decoder.stopped else reason
+        if text or reason:
+            counts = lengths[index], made[index], generation.cached[index]
+            yield Delta(index, text, reason, *counts, decoder.logprobs())
         if reason:
-            text += decoders[index].finish()
-            yield Delta(index, text, reason, lengths[index], made[index], generation.cached[index])
-        elif text:
-            yield Delta(index, text)
+            running.discard(index)
+        if not running:
+            return
+
+
+def _chosen(generation: Generation, prompts: list[Prompt], choices: tuple[str, ...]) -> Iterator[Delta | None]:
+    """One Delta for each question: the most probable of its choices, which are next to each other in `prompts`."""
+    left = [len(choices)] * (len(prompts) // len(choices))
+    for item in generation:
+        if item is None:
+            yield None
+            continue
+        chat = item[0] // len(choices)
+        left[chat] -= 1
+        if not left[chat]:
+            mine = slice(chat * len(choices), (chat + 1) * len(choices))
+            scores = generation.scores[mine]
+            total = max(scores) + math.log(sum(math.exp(score - max(scores)) for score in scores))
+            best = max(range(len(choices)), key=scores.__getitem__)
+            prompt = prompts[mine][best]
+            made = len(prompt.targets) - 1
+            probabilities = {c: math.exp(score - total) for c, score in zip(choices, scores, strict=True)}
+            counts = len(prompt.ids) - made, made, min(generation.cached[mine])
+            yield Delta(chat, choices[best], "stop", *counts, scores=probabilities)
 
 
 def _find(name: str) -> Path:

@@ -5,17 +5,48 @@ Pure functions: knows nothing of sockets, of keys or of the model.
 
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from datetime import UTC, datetime
 
 from .errors import RequestError
-from .request import DEFAULT_MAX_TOKENS, Delta, Request, SamplingParams, check_whole, image_bytes
+from .request import (
+    DEFAULT_MAX_TOKENS,
+    Chat,
+    Delta,
+    Picture,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    check_number,
+    check_text,
+    check_texts,
+    image_bytes,
+    kind_of,
+    question,
+)
 
 MODEL = "phi-3-vision"  # the documented name, whatever checkpoint answers
-MAX_PROMPTS = 32  # sequences of one request: a full batch
+MAX_PROMPTS = 32  # of one request, each counted `n` times: a full batch
+MAX_MESSAGES = 256
 MAX_IMAGES = 16  # pictures of one prompt; at 2,509 tokens each they fill a third of the context
 MAX_PICTURES = 32  # of one request: each is up to 23 MB of crops until its turn comes
-MAX_DEPTH = 32  # of the JSON; ours needs 4
+MAX_DEPTH = 32  # of the JSON; ours needs 6
+ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant"}
+# Fields that would change the answer and are not there: what they may hold because it changes nothing.
+UNSUPPORTED = {
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 
 
 def parse_json(raw: bytes) -> dict:
@@ -31,10 +62,11 @@ def parse_json(raw: bytes) -> dict:
     except ValueError:  # _no_constant, and integers of over 4,300 digits
         raise RequestError("the body holds a number that is none, or too long") from None
     if not isinstance(body, dict):
-        raise RequestError(f"the body must be a JSON object, not {_kind(body)}")
+        raise RequestError(f"the body must be a JSON object, not {kind_of(body)}")
     level = [body]
     for _ in range(MAX_DEPTH):
-        level = [v for node in level for v in (node.values() if isinstance(node, dict) else node) if _nested(v)]
+        inside = (v for node in level for v in (node.values() if isinstance(node, dict) else node))
+        level = [v for v in inside if isinstance(v, dict | list)]
     if level:
         raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels")
     return body
@@ -42,71 +74,156 @@ def parse_json(raw: bytes) -> dict:
 
 def parse_completion(body: dict, max_tokens: int) -> Request:
     """The body of /v1/completions; `max_tokens` is the most that may be asked for."""
-    prompt = body.get("prompt")
+    prompt, images = body.get("prompt"), body.get("images")
     several = isinstance(prompt, list)
     prompts = prompt if several else [prompt]
     if prompt is None:
         raise RequestError("prompt is missing: a string, or a list of strings", "prompt")
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise RequestError(f"prompt must be a string or a list of 1 to {MAX_PROMPTS}, not {len(prompts)}", "prompt")
-    for i, text in enumerate(prompts):
-        _check_text(text, f"prompt[{i}]" if several else "prompt")
-    images = body.get("images")
-    if images is None:
-        images = [[]] * len(prompts)
-    elif not several:
-        images = [_images(images, "images")]
-    elif not isinstance(images, list) or len(images) != len(prompts):
-        given = len(images) if isinstance(images, list) else _kind(images)
-        raise RequestError(f"images must be a list of {len(prompts)} lists, one for each prompt, not {given}", "images")
+    if several:
+        check_texts("prompt", prompts, 1, MAX_PROMPTS)
     else:
-        images = [_images(row, f"images[{i}]") for i, row in enumerate(images)]
-        if sum(map(len, images)) > MAX_PICTURES:
-            raise RequestError(f"images has {sum(map(len, images))} pictures, at most {MAX_PICTURES} may be", "images")
-    check_whole("max_tokens", body.get("max_tokens"), 1, max_tokens)
-    params = {name: body[name] for name in SamplingParams.__dataclass_fields__ if name in body}
-    if params.get("max_tokens") is None and max_tokens < DEFAULT_MAX_TOKENS:
-        params["max_tokens"] = max_tokens
-    return Request(prompts, images, SamplingParams(**params))
+        check_text("prompt", prompt)
+    if several and images is not None and (not isinstance(images, list) or len(images) != len(prompts)):
+        given = len(images) if isinstance(images, list) else kind_of(images)
+        raise RequestError(f"images must be a list of {len(prompts)} lists, one for each prompt, not {given}", "images")
+    rows = [[]] * len(prompts) if images is None else images if several else [images]
+    pictures = [_images(row, f"images[{i}]" if several else "images") for i, row in enumerate(rows)]
+    if sum(map(len, pictures)) > MAX_PICTURES:
+        raise RequestError(f"images has {sum(map(len, pictures))} pictures, at most {MAX_PICTURES} may be", "images")
+    _check_number(body, "max_tokens", 1, max_tokens)
+    most = body.get("max_tokens") or (max_tokens if max_tokens < DEFAULT_MAX_TOKENS else None)
+    params = _params(body, max_tokens=most)
+    if len(prompts) * params.n > MAX_PROMPTS:
+        raise RequestError(f"{len(prompts)} prompts with n {params.n} are over {MAX_PROMPTS} answers", "n")
+    return Request([question(*both) for both in zip(prompts, pictures, strict=True)], params)
 
 
-def completion_response(deltas: Iterable[Delta], checkpoint: str, now: datetime | None = None) -> dict:
-    """Fold an answer into the reply of /v1/completions, a superset of the documented one."""
-    texts: dict[int, list[str]] = {}
-    last: dict[int, Delta] = {}
-    for delta in deltas:
-        texts.setdefault(delta.index, []).append(delta.text)
-        if delta.finish_reason:
-            last[delta.index] = delta
-    responses = ["".join(texts[i]) for i in sorted(texts)]
-    now = now or datetime.now(UTC)
-    return {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(now.timestamp()),
-        "model": MODEL,
-        "system_fingerprint": checkpoint,
-        "choices": [
-            {"index": i, "text": text, "logprobs": None, "finish_reason": last[i].finish_reason}
-            for i, text in enumerate(responses)
-        ],
-        "usage": usage(last.values()),
-        "responses": responses,
-        "timestamp": now.isoformat(),
-    }
+def parse_chat(body: dict, max_tokens: int) -> Request:
+    """The body of /v1/chat/completions; a larger limit of tokens than `max_tokens` is cut to it."""
+    messages, parsed, pictures = body.get("messages"), [], []
+    if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES:
+        given = len(messages) if isinstance(messages, list) else kind_of(messages)
+        raise RequestError(f"messages must be a list of 1 to {MAX_MESSAGES}, not {given}", "messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise RequestError(f"messages[{i}] must be an object, not {kind_of(message)}", f"messages[{i}]")
+        role = _one_of(message.get("role"), ROLES, f"messages[{i}].role")
+        parsed.append((ROLES[role], _content(message.get("content"), role, f"messages[{i}].content", pictures)))
+    if len(pictures) > MAX_IMAGES:
+        raise RequestError(f"messages has {len(pictures)} pictures, at most {MAX_IMAGES} are allowed", "messages")
+    limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if _check_number(body, name, 1)]
+    logprobs = _flag(body, "logprobs")
+    if _check_number(body, "top_logprobs", 0, 20) and not logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+    shown = (body.get("top_logprobs") or 0) if logprobs else None
+    return Request([Chat(parsed, pictures)], _params(body, max_tokens=min([*limits, max_tokens]), logprobs=shown), True)
 
 
-def usage(last: Iterable[Delta]) -> dict:
-    """The token counts of a request out of the last delta of each of its answers."""
-    last = list(last)
-    prompt, completion = sum(d.prompt_tokens for d in last), sum(d.completion_tokens for d in last)
-    cached = sum(d.cached_tokens for d in last)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+def streaming(body: dict) -> tuple[bool, bool]:
+    """Whether the answer is wanted as it is made, and its token counts at the end of that."""
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise RequestError(f"stream_options must be an object, not {kind_of(options)}", "stream_options")
+    return _flag(body, "stream"), _flag(options, "include_usage", "stream_options.")
+
+
+class Answer:
+    """How one request is answered: `whole` is a fold of the deltas, `events` has them one by one.
+
+    `chat` chooses the shape.
+    """
+
+    def __init__(self, chat: bool, checkpoint: str, prompts: int = 1, n: int = 1, now: datetime | None = None):
+        self._chat, self._count, self._n, self._now = chat, prompts * n, n, now or datetime.now(UTC)
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(self._now.timestamp()),
+            "model": MODEL,
+            "system_fingerprint": checkpoint,
+        }
+        self._last: dict[int, Delta] = {}
+        self._lengths = [0] * self._count
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The tokens so far; a prompt that is answered `n` times counts once."""
+        prompts = [delta for index, delta in self._last.items() if index % self._n == 0]
+        return {
+            "prompt_tokens": sum(delta.prompt_tokens for delta in prompts),
+            "completion_tokens": sum(delta.completion_tokens for delta in self._last.values()),
+            "cached_tokens": sum(delta.cached_tokens for delta in prompts),
+        }
+
+    def _usage(self) -> dict:
+        prompt, completion, cached = self.counts.values()
+        whole = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return whole | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+    def whole(self, deltas: Iterable[Delta]) -> dict:
+        """The reply; /v1/completions has the documented fields beside those of OpenAI's clients."""
+        texts, logprobs = [""] * self._count, [[] for _ in range(self._count)]
+        for delta in deltas:
+            self._last[delta.index] = delta
+            texts[delta.index] += delta.text
+            logprobs[delta.index] += delta.logprobs
+        choices = []
+        for i, text in enumerate(texts):
+            message = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            body = message if self._chat else {"text": text}
+            choices.append(self._choice(self._last[i], body, logprobs[i]))
+        reply = self._head | {"choices": choices, "usage": self._usage()}
+        return reply if self._chat else reply | {"responses": texts, "timestamp": self._now.isoformat()}
+
+    def events(self, deltas: Iterable[Delta | None], include_usage: bool) -> Iterator[bytes]:
+        """The same as server-sent events; None among the deltas is a silence in which the connection is kept."""
+        yield KEEP_ALIVE
+        if self._chat:
+            self._head["object"] += ".chunk"
+            for index in range(self._count):
+                yield self._event(Delta(index), {"delta": {"role": "assistant", "content": ""}})
+        for delta in deltas:
+            if delta is None:
+                yield KEEP_ALIVE
+                continue
+            self._last[delta.index] = delta
+            if not self._chat:
+                yield self._event(delta, {"text": delta.text}, delta.logprobs)
+                continue
+            if delta.text or delta.logprobs:
+                content = {"delta": {"content": delta.text}}
+                yield self._event(Delta(delta.index, scores=delta.scores), content, delta.logprobs)
+            if delta.finish_reason:
+                yield self._event(Delta(delta.index, finish_reason=delta.finish_reason), {"delta": {}})
+        if include_usage:
+            yield sse(self._head | {"choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _event(self, delta: Delta, body: dict, logprobs: list[TokenLogprob] | None = None) -> bytes:
+        return sse(self._head | {"choices": [self._choice(delta, body, logprobs)]})
+
+    def _choice(self, delta: Delta, body: dict, logprobs: list[TokenLogprob] | None) -> dict:
+        shown = None
+        if logprobs and self._chat:
+            shown = {"content": [_chat_logprob(entry) for entry in logprobs], "refusal": None}
+        elif logprobs:
+            shown = self._completion_logprobs(delta.index, logprobs)
+        elif delta.scores:
+            shown = ({"content": None} if self._chat else {}) | {"scores": delta.scores}
+        return {"index": delta.index, **body, "logprobs": shown, "finish_reason": delta.finish_reason}
+
+    def _completion_logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict:
+        """The shape of /v1/completions; `text_offset` is in characters, tokens that are no whole ones as hex bytes."""
+        offsets = []
+        for entry in logprobs:
+            offsets.append(self._lengths[index])
+            self._lengths[index] += len(entry.token.decode(errors="ignore"))
+        return {
+            "tokens": [_shown(entry.token) for entry in logprobs],
+            "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
+            "top_logprobs": [{_shown(token): _finite(value) for token, value in entry.top} for entry in logprobs],
+            "text_offset": offsets,
+        }
 
 
 def error(status: int, message: str, kind: str, param: str | None = None) -> dict:
@@ -119,35 +236,100 @@ def render(body: dict) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
-def _images(images, param: str) -> list[bytes]:
+def sse(body: dict) -> bytes:
+    """One server-sent event; JSON has no line breaks of its own."""
+    return b"data: " + render(body) + b"\n\n"
+
+
+def _params(body: dict, **given) -> SamplingParams:
+    """The options of both routes; fields that nobody knows are left alone, those that we lack are not."""
+    for name, harmless in UNSUPPORTED.items():
+        if body.get(name) is not None and body[name] not in harmless:
+            allowed = " or ".join(["leave it out", *(json.dumps(value) for value in harmless)])
+            raise RequestError(f"{name} is not supported with this value: {allowed}", name)
+    return SamplingParams(**{o.name: body[o.name] for o in fields(SamplingParams) if o.name in body} | given)
+
+
+def _content(content, role: str, param: str, pictures: list[Picture]) -> list[str | int]:
+    """The text of a message and, as −k, the places of its pictures, which are added to `pictures`."""
+    if (content is None and role == "assistant") or content == "":  # null where tools were called
+        return []
+    if isinstance(content, str):
+        check_text(param, content)
+        return [content]
+    if not isinstance(content, list) or not content:
+        raise RequestError(f"{param} must be a string or a list of parts, not {kind_of(content)}", param)
+    parts: list[str | int] = []
+    for i, part in enumerate(content):
+        where = f"{param}[{i}]"
+        if not isinstance(part, dict):
+            raise RequestError(f"{where} must be an object, not {kind_of(part)}", where)
+        kind = _one_of(part.get("type"), ("text", "image_url", "input_image"), f"{where}.type")
+        if kind == "text":
+            if part.get("text") != "":
+                check_text(where, part.get("text"))
+            between = parts and isinstance(parts[-1], str) and parts[-1] != "\n"
+            parts += ["\n", part["text"]] if between else [part["text"]]
+        else:
+            image = part.get("image_url")
+            image = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
+            detail = _one_of(image.get("detail") or "auto", ("auto", "low", "high"), f"{where}.detail")
+            pictures.append(_picture(image.get("url"), where, 1 if detail == "low" else None))
+            parts += [-len(pictures), "\n"]
+    return parts
+
+
+def _images(images, param: str) -> list[Picture]:
     if not isinstance(images, list):
-        raise RequestError(f"{param} must be a list of pictures (data: URLs or base64), not {_kind(images)}", param)
+        raise RequestError(f"{param} must be a list of pictures (data: URLs or base64), not {kind_of(images)}", param)
     if len(images) > MAX_IMAGES:
         raise RequestError(f"{param} has {len(images)} pictures, at most {MAX_IMAGES} are allowed", param)
-    for i, image in enumerate(images):
-        if not isinstance(image, str):
-            raise RequestError(f"{param}[{i}] must be a data: URL or base64, not {_kind(image)}", f"{param}[{i}]")
-    return [image_bytes(image, f"{param}[{i}]") for i, image in enumerate(images)]
+    return [_picture(image, f"{param}[{i}]") for i, image in enumerate(images)]
 
 
-def _check_text(text, param: str) -> None:
-    if not isinstance(text, str):
-        raise RequestError(f"{param} must be a string, not {_kind(text)}", param)
-    if not text:
-        raise RequestError(f"{param} is empty", param)
+def _picture(image, where: str, num_crops: int | None = None) -> Picture:
+    if not isinstance(image, str):
+        raise RequestError(f"{where} must be a data: URL or base64, not {kind_of(image)}", where)
+    return Picture(image_bytes(image, where), where, num_crops)
+
+
+def _chat_logprob(entry: TokenLogprob) -> dict:
+    def one(token: bytes, logprob: float) -> dict:
+        return {"token": _shown(token), "logprob": _finite(logprob), "bytes": list(token)}
+
+    return one(entry.token, entry.logprob) | {"top_logprobs": [one(*other) for other in entry.top]}
+
+
+def _shown(token: bytes) -> str:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{param} holds half a surrogate pair (\\ud800 to \\udfff)", param) from None
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-def _nested(value) -> bool:
-    return isinstance(value, dict | list)
+def _finite(logprob: float) -> float:
+    return max(logprob, -9999.0)  # JSON has no infinity
 
 
-def _kind(value) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _check_number(body: dict, name: str, low: int, high: int | None = None) -> bool:
+    """Whether a whole number is given; refuses anything else."""
+    if body.get(name) is not None:
+        check_number(name, body[name], low, high)
+    return body.get(name) is not None
+
+
+def _flag(body: dict, name: str, where: str = "") -> bool:
+    value = body.get(name)
+    if not isinstance(value, bool | None):
+        raise RequestError(f"{where}{name} must be true or false, not {kind_of(value)}", where + name)
+    return bool(value)
+
+
+def _one_of(value, allowed: Iterable[str], param: str) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        given = json.dumps(value)[:40] if isinstance(value, str) else kind_of(value)
+        raise RequestError(f"{param} must be one of {', '.join(allowed)}, not {given}", param)
+    return value
 
 
 def _no_constant(name: str):

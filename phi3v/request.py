@@ -1,47 +1,117 @@
 """What may be asked of the model, and the pieces in which the answer comes.
 
-Knows nothing of JSON, of files or of the model; a field added to SamplingParams is accepted by
-`LLM.stream` and on the wire.
+Knows nothing of JSON, of files or of the model. A field added to SamplingParams is accepted, and held to its bounds,
+by `LLM.stream` and on the wire; what is left to write is its use, in `sampling`.
 """
 
 import base64
 import binascii
 import json
-from dataclasses import dataclass, field
+import math
+import re
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from .errors import RequestError
 
 DEFAULT_MAX_TOKENS = 512  # as documented
 MAX_CROPS = 16  # what Phi-3-vision's own preprocessor uses; more than the model was trained on
+MAX_CHOICES, MAX_STOPS = 64, 8
+MAX_CHOICE, MAX_STOP = 1024, 256  # characters of one
+IMAGE_TAG = re.compile(r"<\|image_([0-9]{1,9})\|>")
+
+
+def _number(default, low, high, kind=float):
+    return field(default=default, metadata={"low": low, "high": high, "kind": kind})
+
+
+def _texts(least: int, most: int, longest: int):
+    return field(default=(), metadata={"least": least, "most": most, "longest": longest})
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to answer. `max_tokens` None means DEFAULT_MAX_TOKENS, or what room the context leaves if that is less.
+    """How to answer; None means the default. Temperature 0 is greedy; a `top_k` of 0 and the other defaults do nothing.
 
-    `num_crops` is the most 336×336 crops a picture is cut into; None means what the checkpoint says.
+    `max_tokens` None means DEFAULT_MAX_TOKENS, or what room the context leaves if that is less. `num_crops` is the most
+    336×336 crops a picture is cut into, None what the checkpoint says. `repetition_penalty` counts prompt and answer,
+    the other two the answer only. `logprobs` is the number of alternatives shown beside each token, None for no
+    log-probabilities. `n` answers are made to each prompt; with `choices` it is the most probable of them.
     """
 
-    max_tokens: int | None = None
-    num_crops: int | None = None
+    max_tokens: int | None = _number(None, 1, None, int)
+    num_crops: int | None = _number(None, 1, MAX_CROPS, int)
+    temperature: float = _number(0.0, 0, 2)
+    top_p: float = _number(1.0, 0, 1)
+    top_k: int = _number(0, 0, 1_000_000, int)
+    min_p: float = _number(0.0, 0, 1)
+    repetition_penalty: float = _number(1.0, 0.1, 10)
+    presence_penalty: float = _number(0.0, -2, 2)
+    frequency_penalty: float = _number(0.0, -2, 2)
+    seed: int | None = _number(None, -(2**63), 2**63 - 1, int)
+    n: int = _number(1, 1, 8, int)
+    logprobs: int | None = _number(None, 0, 20, int)
+    stop: tuple[str, ...] = _texts(0, MAX_STOPS, MAX_STOP)
+    choices: tuple[str, ...] = _texts(1, MAX_CHOICES, MAX_CHOICE)
 
     def __post_init__(self):
-        check_whole("max_tokens", self.max_tokens, 1)
-        check_whole("num_crops", self.num_crops, 1, MAX_CROPS)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is None or value is option.default:
+                value = option.default
+            elif "kind" in option.metadata:
+                check_number(option.name, value, **option.metadata)
+            else:
+                value = (value,) if isinstance(value, str) else value
+                check_texts(option.name, value, **option.metadata)
+                value = tuple(value)
+            object.__setattr__(self, option.name, value)
+        if len(set(self.choices)) < len(self.choices):
+            raise RequestError("choices must differ from each other", "choices")
+        if self.choices and self.n > 1:
+            raise RequestError(f"with choices there is one answer: n must be 1, not {self.n}", "n")
 
 
-@dataclass(frozen=True)
-class Request:
-    """One or several prompts, answered side by side: `images[i]` are the pictures of `prompts[i]`."""
+class Picture(NamedTuple):
+    """What a picture is read from, the field it came in, and its own `num_crops`, if any."""
 
-    prompts: list[str]
-    images: list[list]
-    params: SamplingParams = field(default_factory=SamplingParams)
+    source: object
+    param: str = "images"
+    num_crops: int | None = None
+
+
+class Chat(NamedTuple):
+    """What is put to the model: (role, content) of each message, and the pictures; −k is the place of pictures[k − 1].
+
+    A last message of the assistant's is continued.
+    """
+
+    messages: list[tuple[str, list[str | int]]]
+    pictures: list[Picture]
+
+
+class Request(NamedTuple):
+    """Conversations that are answered side by side; `clamp` says that a max_tokens beyond the context is cut to it."""
+
+    chats: list[Chat]
+    params: SamplingParams
+    clamp: bool = False
+
+
+class TokenLogprob(NamedTuple):
+    """A token's bytes, its natural log-probability, and the same of the most probable ones, best first."""
+
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of the answer to prompt `index`; the last one has a `finish_reason` and the token counts."""
+    """The next piece of answer `index` = prompt · n + i, with the token counts so far.
+
+    The last one has a `finish_reason`, and with `choices` their probabilities.
+    """
 
     index: int
     text: str = ""
@@ -49,6 +119,22 @@ class Delta:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0  # of the prompt's, those that were not read again
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    scores: dict[str, float] | None = None
+
+
+def question(text: str, pictures: list[Picture]) -> Chat:
+    """One user's turn, with its pictures where their `<|image_k|>` tags stand, or in front if there are none."""
+    tags = {int(k) for k in IMAGE_TAG.findall(text)}
+    if not tags:
+        content = [part for k in range(1, len(pictures) + 1) for part in (-k, "\n")] + [text]
+    elif tags == set(range(1, len(pictures) + 1)):
+        pieces = IMAGE_TAG.split(text)  # text, number, text, number, …, text
+        content = [-int(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
+    else:
+        named = ", ".join(f"<|image_{k}|>" for k in sorted(tags)[:4])
+        raise RequestError(f"the prompt names {named} but has {len(pictures)} pictures; name each, or none", "images")
+    return Chat([("user", content)], pictures)
 
 
 def image_bytes(text: str, param: str | None = None) -> bytes:
@@ -66,9 +152,39 @@ def image_bytes(text: str, param: str | None = None) -> bytes:
         raise RequestError("the picture is not valid base64 (alphabet A-Z a-z 0-9 + /, padded with =)", param) from None
 
 
-def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Refuse what is neither None nor an integer from `low` to `high`; True is no integer here."""
-    if value is not None and (type(value) is not int or value < low or (high and value > high)):
-        allowed = f"from {low} to {high}" if high else f"of at least {low}"
-        given = json.dumps(value, default=repr)[:40]
-        raise RequestError(f"{name} must be a whole number {allowed}, not {given}", name)
+def check_number(name: str, value: object, low: float, high: float | None = None, kind: type = int) -> None:
+    """Refuse what is no number from `low` to `high`, or no whole one if `kind` is int; True is none here."""
+    kinds = (int,) if kind is int else (int, float)
+    if type(value) not in kinds or not low <= value <= (math.inf if high is None else high):
+        allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        whole = "whole number" if kind is int else "number"
+        raise RequestError(f"{name} must be a {whole} {allowed}, not {json.dumps(value, default=repr)[:40]}", name)
+
+
+def check_text(param: str, text: object, longest: int | None = None) -> None:
+    """Refuse what is no string, is empty, has over `longest` characters or cannot be written as UTF-8."""
+    if not isinstance(text, str):
+        raise RequestError(f"{param} must be a string, not {kind_of(text)}", param)
+    if not text:
+        raise RequestError(f"{param} is empty", param)
+    if longest and len(text) > longest:
+        raise RequestError(f"{param} has {len(text)} characters, at most {longest} are allowed", param)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{param} holds half a surrogate pair (\\ud800 to \\udfff)", param) from None
+
+
+def check_texts(param: str, texts: object, least: int, most: int, longest: int | None = None) -> None:
+    """Refuse what is no list of `least` to `most` strings."""
+    if not isinstance(texts, list | tuple) or not least <= len(texts) <= most:
+        given = len(texts) if isinstance(texts, list | tuple) else kind_of(texts)
+        raise RequestError(f"{param} must be a string or a list of {least} to {most}, not {given}", param)
+    for i, text in enumerate(texts):
+        check_text(f"{param}[{i}]", text, longest)
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is called in a message."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

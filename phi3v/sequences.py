@@ -5,8 +5,9 @@ Token ids and arrays only; knows nothing of threads or of who goes first.
 
 import queue
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from .errors import RequestError
 from .images import Crops
 from .language import KVCache
+from .request import SamplingParams
+from .sampling import Sampler
 
 # With CUDA every new shape costs: cuDNN builds attention anew (38 ms), cuBLAS looks for kernels, graphs are made again.
 # So there prompts are read in multiples of GRAIN tokens, and up to SPARE rows that have ended stay in a batch.
@@ -24,7 +27,9 @@ GRAIN, SPARE = (64, 7) if mx.cuda.is_available() else (1, 0)
 class Prompt:
     """`ids` with −k in the slots of `images[k-1]`; generation ends at one of `end_ids` or after `max_tokens`.
 
-    `owner` is who asks: what is kept for one owner is never used for another, and owners take turns.
+    `owner` is who asks: what is kept for one owner is never used for another, and owners take turns. `branch` tells
+    the `n` answers to one prompt apart. With `targets` nothing is generated: they are scored, as what follows each of
+    the last ids.
     """
 
     ids: list[int]
@@ -32,24 +37,35 @@ class Prompt:
     max_tokens: int
     end_ids: frozenset[int] = frozenset()
     owner: str = ""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    branch: int = 0
+    targets: tuple[int, ...] = ()
 
 
 class Generation:
     """The tokens of one submission: iterate for (index of the prompt, token, finish reason or None).
 
     The token that ends a sequence is not shown: its item has None for it. Raises what went wrong in the engine.
-    `cached[index]` says how many tokens of a prompt did not have to be read again, once its first token is there.
+    `cached[index]` says how many tokens of a prompt did not have to be read again, once its first token is there;
+    `logprobs[index]` are waiting for those tokens that come, and `scores[index]` is the sum of the targets'. After
+    `patience` seconds of silence there is a None between the items.
     """
 
-    def __init__(self, prompts: int):
-        self.cancelled = False
+    def __init__(self, prompts: int, patience: float | None = None):
+        self.cancelled = [False] * prompts
         self.cached = [0] * prompts
+        self.logprobs: list[deque] = [deque() for _ in range(prompts)]
+        self.scores = [0.0] * prompts
         self.items: queue.SimpleQueue = queue.SimpleQueue()  # what the engine puts there
-        self._left = prompts
+        self._left, self._patience = prompts, patience
 
-    def __iter__(self) -> Iterator[tuple[int, int | None, str | None]]:
+    def __iter__(self) -> Iterator[tuple[int, int | None, str | None] | None]:
         while self._left:
-            item = self.items.get()
+            try:
+                item = self.items.get(timeout=self._patience)
+            except queue.Empty:
+                yield None
+                continue
             if isinstance(item, RequestError):
                 raise item
             if isinstance(item, BaseException):
@@ -57,9 +73,10 @@ class Generation:
             self._left -= item[2] is not None
             yield item
 
-    def cancel(self) -> None:
-        """Stop making tokens for it; the engine notices before its next pass."""
-        self.cancelled = True
+    def cancel(self, index: int | None = None) -> None:
+        """Stop making tokens, for one prompt or for all; the engine notices before its next pass."""
+        for i in range(len(self.cancelled)) if index is None else [index]:
+            self.cancelled[i] = True
 
 
 class Sequence:
@@ -75,8 +92,10 @@ class Sequence:
         self.done = False
         self.cache: KVCache | None = None  # its own while it is read, a batch's row later
         self.content = np.array(prompt.ids)  # what is compared with other prompts: digests in the slots of pictures
+        self.sampler = Sampler(prompt.params, self.content.copy(), prompt.branch)
         for k, crops in enumerate(prompt.images, 1):
             self.content[self.content == -k] = crops.digest
+        self.score: mx.array | float = 0.0
 
     @property
     def length(self) -> int:
@@ -86,6 +105,11 @@ class Sequence:
     @property
     def most(self) -> int:
         return len(self.prompt.ids) + self.prompt.max_tokens
+
+    @property
+    def first(self) -> int:
+        """The first position whose logits are wanted: that of the last id, or before the first of the targets."""
+        return len(self.prompt.ids) + len(self.made) - max(1, len(self.prompt.targets))
 
     @property
     def unread(self) -> int:

@@ -14,16 +14,21 @@ import ssl
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 
 from . import errors, protocol
+from .metrics import CONTENT_TYPE, Metrics
 
 TIMEOUT = 30  # seconds a client may be silent, in the handshake, in a request or between two
 MAX_DRAIN = 32 * 1024 * 1024  # bytes of a refused body that are read so that the client sees the reply
 DRAIN_SECONDS = 5  # and how long that may take
 STOP_SECONDS = 30  # how long running requests may go on after the server was told to stop
 MAX_CONTENT_LENGTH = 1024 * 1024  # as documented
+MAX_CHAT_CONTENT_LENGTH = 20 * 1024 * 1024  # a phone's photograph has 3 to 6 MB, and a third more as base64
 MAX_TOKENS = 1024  # as documented
+KEEP_ALIVE = 10  # seconds of silence in a stream after which a comment keeps proxies from closing it
+STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger("phi3v")
 
@@ -32,7 +37,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """HTTPS on (host, port), bound at once and answering from `serve_forever` on.
 
     Not http.server.HTTPServer: its server_bind asks DNS for our own name, which can take seconds. `llm` needs
-    `answer(request)`, `status` and `checkpoint`; `keys` is a KeyStore or like one.
+    `answer`, `status`, `stats` and `checkpoint` of LLM; `keys` is a KeyStore or like one.
     """
 
     allow_reuse_address = True
@@ -48,9 +53,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         keys,
         max_content_length: int = MAX_CONTENT_LENGTH,
         max_tokens: int = MAX_TOKENS,
+        max_chat_content_length: int = MAX_CHAT_CONTENT_LENGTH,
     ):
         self.context, self.llm, self.keys = context, llm, keys
-        self.max_content_length, self.max_tokens = max_content_length, max_tokens
+        self.max_content_length, self.max_chat_content_length = max_content_length, max_chat_content_length
+        self.max_tokens, self.started, self.metrics = max_tokens, int(time.time()), Metrics()
         self._running, self._changed = 0, threading.Condition()
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
@@ -102,12 +109,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._answer()
         except errors.RequestError as error:
+            self.server.metrics.add("refusals_total", type=error.type)
             body = protocol.error(error.status, error.message, error.type, error.param)
             self._reply(error.status, body, error.headers)
         except Exception:
-            log.exception("request %s failed", self._request_id)
-            message = f"internal error; the server's log has it under request {self._request_id}"
-            self._reply(500, protocol.error(500, message, "server_error"))
+            self._reply(500, self._internal_error())
         finally:
             self._log()
             self.server.enter(-1)
@@ -119,19 +125,23 @@ class Handler(BaseHTTPRequestHandler):
         given = self.headers.get("X-Request-Id", "") if getattr(self, "headers", None) else ""
         self._request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
         self._status, self._key, self._facts, self._unread, self._allowance = 0, None, {}, 0, {}
+        self._route = "other"
 
     def _answer(self) -> None:
         length = self._declared_length()
         path = self.path.partition("?")[0]
-        methods = ROUTES.get(path)
+        self._route = route = MODEL if path.startswith(MODEL[:-4]) else path
+        methods = ROUTES.get(route)
         if methods is None:
+            self._route = "other"
             raise errors.NotFound(f"there is no {path!r:.200}; the routes are {', '.join(ROUTES)}")
         method = "GET" if self.command == "HEAD" else self.command
         if method not in methods:
             allowed = ", ".join(methods)
             raise errors.MethodNotAllowed(f"{path} takes {allowed}, not {self.command}", headers={"Allow": allowed})
-        if length is not None and length > self.server.max_content_length:
-            most = self.server.max_content_length
+        chat = "chat" in route
+        most = self.server.max_chat_content_length if chat else self.server.max_content_length
+        if length is not None and length > most:
             raise errors.TooLarge(f"the body has {length:,} bytes, at most {most:,} are allowed")
         methods[method](self, length)
 
@@ -139,31 +149,105 @@ class Handler(BaseHTTPRequestHandler):
         status = self.server.llm.status
         self._reply(200 if status in ("ok", "idle") else 503, {"status": status})
 
+    def metrics(self, length: int | None) -> None:
+        self._authorize()
+        stats = self.server.llm.stats()
+        gauges = {f"{name}_sequences": stats[name] for name in ("running", "waiting")}
+        payload = self.server.metrics.render(gauges | {"cache_bytes": stats["cache_bytes"]})
+        self._reply(200, payload, {"Content-Type": CONTENT_TYPE})
+
+    def models(self, length: int | None) -> None:
+        self._authorize()
+        model = {"id": protocol.MODEL, "object": "model", "created": self.server.started, "owned_by": "phi3v"}
+        if self._route != MODEL:
+            return self._reply(200, {"object": "list", "data": [model]})
+        name = self.path.partition("?")[0].removeprefix(MODEL[:-4])
+        if name != protocol.MODEL:
+            raise errors.ModelNotFound(
+                f"there is no model {name!r:.100}, only {protocol.MODEL}", "model"
+            )
+        self._reply(200, model)
+
     def completions(self, length: int | None) -> None:
-        self._key = key = self.server.keys.verify(self._secret())
+        self._authorize()
         if self.headers.get_content_type() != "application/json":
             given = self.headers.get("Content-Type", "missing")
             raise errors.UnsupportedType(f"the Content-Type must be application/json, not {given!r:.100}")
         if length is None:
             raise errors.LengthRequired("the request needs a Content-Length; chunked bodies are not taken")
-        allowance = self.server.keys.take(key)
-        self._allowance = allowance.headers()
+        self._allowance = self.server.keys.take(self._key).headers()
+        answer = None
         try:
-            request = protocol.parse_completion(protocol.parse_json(self._read(length)), self.server.max_tokens)
-            with self.server.llm.answer(request, key.id) as deltas:
-                body = protocol.completion_response(self._watched(deltas), self.server.llm.checkpoint)
-            self._facts |= body["usage"]
+            body, chat = protocol.parse_json(self._read(length)), self._route == CHAT
+            request = (protocol.parse_chat if chat else protocol.parse_completion)(body, self.server.max_tokens)
+            streamed, include_usage = protocol.streaming(body)
+            with self.server.llm.answer(request, self._key.id, KEEP_ALIVE if streamed else None) as deltas:
+                answer = protocol.Answer(chat, self.server.llm.checkpoint, len(request.chats), request.params.n)
+                if streamed:
+                    self._stream(answer.events(self._watched(deltas), include_usage))
+                else:
+                    reply = answer.whole(self._watched(deltas))
         finally:
-            with contextlib.suppress(errors.RequestError):  # logged by the store; the answer is not worth less for it
-                counts = (self._facts.get(name, 0) for name in ("prompt_tokens", "completion_tokens"))
-                self.server.keys.record(key, *counts)
-        self._reply(200, body)
+            self._count(answer.counts if answer else {})
+        if not streamed:
+            self._reply(200, reply)
 
     def _watched(self, deltas):
-        """The deltas, noting when the first one came."""
+        """The deltas, noting how long the first token and those after it took."""
+        before: dict[int, tuple[float, int]] = {}
         for delta in deltas:
-            self._facts.setdefault("first_ms", round((time.monotonic() - self._started) * 1000))
+            now = time.monotonic()
+            if delta and delta.index not in before:
+                self._facts.setdefault("first_ms", round((now - self._started) * 1000))
+                self.server.metrics.observe("time_to_first_token_seconds", now - self._started)
+            elif delta and (made := delta.completion_tokens - before[delta.index][1]):
+                pause = (now - before[delta.index][0]) / made
+                self.server.metrics.observe("inter_token_latency_seconds", pause, made)
+            if delta:
+                before[delta.index] = now, delta.completion_tokens
             yield delta
+
+    def _count(self, counts: dict[str, int]) -> None:
+        """What a request that the window let through has used, whatever became of it."""
+        self._facts |= counts
+        for name, count in counts.items():
+            self.server.metrics.add(f"{name}_total", count)
+        with contextlib.suppress(errors.RequestError):  # logged by the store; the answer is not worth less for it
+            self.server.keys.record(self._key, *(counts.get(f"{of}_tokens", 0) for of in ("prompt", "completion")))
+
+    def _authorize(self) -> None:
+        self._key = self.server.keys.verify(self._secret())
+        if self.command != "POST":  # which counts, later, after the checks of its head
+            self._allowance = self.server.keys.take(self._key, count=False).headers()
+
+    def _stream(self, events: Iterator[bytes]) -> None:
+        """Send events as they come; what fails after the 200 is an event, too, and the last one."""
+        self._status, chunked = 200, self.request_version != "HTTP/1.0"
+        self.close_connection |= not chunked
+        self._write_head(200, STREAM | ({"Transfer-Encoding": "chunked"} if chunked else {}))
+        try:
+            for event in self._told(events):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event) if chunked else event)
+                self.wfile.flush()
+            self.wfile.write(b"0\r\n\r\n" if chunked else b"")
+            self.wfile.flush()
+        except OSError:
+            self._status, self.close_connection = 499, True  # the client went away
+
+    def _told(self, events: Iterator[bytes]) -> Iterator[bytes]:
+        try:
+            yield from events
+        except errors.RequestError as error:
+            self._status = error.status  # in the log; the client has read 200
+            yield protocol.sse(protocol.error(error.status, error.message, error.type, error.param))
+        except Exception:
+            self._status = 500
+            yield protocol.sse(self._internal_error())
+
+    def _internal_error(self) -> dict:
+        log.exception("request %s failed", self._request_id)
+        message = f"internal error; the server's log has it under request {self._request_id}"
+        return protocol.error(500, message, "server_error")
 
     def _secret(self) -> str:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
@@ -200,12 +284,13 @@ class Handler(BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         return True  # answered by _read, after the key and the size were checked
 
-    def _reply(self, status: int, body: dict, headers: dict[str, str] | None = None) -> None:
+    def _reply(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
         self._status = status
-        payload = protocol.render(body)
+        payload = body if isinstance(body, bytes) else protocol.render(body)
         if self._unread:
             self.close_connection = True  # or the rest of the body would be read as the next request
-        self._write_head(status, len(payload), headers or {})
+        fixed = {"Content-Type": "application/json", "Content-Length": str(len(payload)), "Cache-Control": "no-store"}
+        self._write_head(status, fixed | (headers or {}))
         try:
             if self.command != "HEAD":
                 self.wfile.write(payload)
@@ -214,10 +299,9 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self._status, self.close_connection = 499, True  # the client went away; there is nobody to tell
 
-    def _write_head(self, status: int, length: int, headers: dict[str, str]) -> None:
+    def _write_head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response_only(status)
-        fixed = {"Content-Type": "application/json", "Content-Length": str(length)}
-        fixed |= {"X-Request-Id": self._request_id, "Date": self.date_time_string(), "Cache-Control": "no-store"}
+        fixed = {"X-Request-Id": self._request_id, "Date": self.date_time_string()}
         for name, value in (fixed | self._allowance | headers).items():
             self.send_header(name, value)
         if self.close_connection:
@@ -246,6 +330,7 @@ class Handler(BaseHTTPRequestHandler):
         self._log()
 
     def _log(self) -> None:
+        self.server.metrics.add("requests_total", route=self._route, status=self._status)
         line = {
             "request": self._request_id,
             "client": self.client_address[0],
@@ -264,7 +349,15 @@ class Handler(BaseHTTPRequestHandler):
         pass  # http.server's own lines would go to stderr; ours is `_log`
 
 
-ROUTES = {"/v1/completions": {"POST": Handler.completions}, "/health": {"GET": Handler.health}}
+CHAT, MODEL = "/v1/chat/completions", "/v1/models/{id}"
+ROUTES = {
+    "/v1/completions": {"POST": Handler.completions},
+    CHAT: {"POST": Handler.completions},
+    "/v1/models": {"GET": Handler.models},
+    MODEL: {"GET": Handler.models},
+    "/health": {"GET": Handler.health},
+    "/metrics": {"GET": Handler.metrics},
+}
 
 PLAIN_HTTP = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Encoder
 
 from .errors import RequestError, SetupError
+from .request import TokenLogprob
 
-IMAGE_TAG = re.compile(r"<\|image_([0-9]{1,9})\|>")
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end|>")  # the model says <|end|>; the configs name only the other two
 ROLES = ("system", "user", "assistant")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -50,25 +50,16 @@ class Tokenizer:
         self._bytes = {i: _token_bytes(token) for token, i in vocabulary.items()}
         self._bytes |= {i: b"" for i in self.special.values()}
 
-    def prompt(self, text: str, images: int) -> Parts:
-        """A single question in the chat template, with its `images` pictures where their tags stand or in front."""
-        tags = {int(k) for k in IMAGE_TAG.findall(text)}
-        if not tags:
-            content: Parts = [part for k in range(1, images + 1) for part in (-k, "\n")] + [text]
-        elif tags == set(range(1, images + 1)):
-            pieces = IMAGE_TAG.split(text)  # text, number, text, number, …, text
-            content = [-int(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
-        else:
-            named = ", ".join(f"<|image_{k}|>" for k in sorted(tags)[:4])
-            raise RequestError(f"the prompt names {named} but has {images} pictures; name each, or none", "images")
-        return self.chat([("user", content)])
-
     def chat(self, messages: list[tuple[str, Parts]]) -> Parts:
-        """The checkpoint's chat template: `<|role|>\\n` content `<|end|>\\n` for each, then the assistant's turn."""
+        """The checkpoint's chat template: `<|role|>\\n` content `<|end|>\\n` for each, then the assistant's turn.
+
+        A last message that is the assistant's stays open.
+        """
         parts: Parts = []
         for role, content in messages:
             parts += [self.special[f"<|{role}|>"], "\n", *content, self.special["<|end|>"], "\n"]
-        return [*parts, self.special["<|assistant|>"], "\n"]
+        opened = messages[-1][0] == "assistant"
+        return parts[:-2] if opened else [*parts, self.special["<|assistant|>"], "\n"]
 
     def encode(self, parts: Parts, slots: list[int], most: int) -> list[int]:
         """Token ids, with −k repeated `slots[k-1]` times for picture k; RequestError when pictures take over `most`.
@@ -93,29 +84,62 @@ class Tokenizer:
                 ids += [part] if part >= 0 else [part] * slots[-part - 1] + [self.bos]
         return ids
 
-    def decoder(self) -> "Decoder":
-        return Decoder(self._bytes)
+    def decoder(self, stop: tuple[str, ...] = (), goes_on: bool = False) -> "Decoder":
+        """For one answer; `goes_on`: it continues a text, so that its first word keeps its space."""
+        return Decoder(self._bytes, stop, goes_on)
 
 
 class Decoder:
-    """Token ids of one answer → text, piece by piece; an unfinished multi-byte character is held back."""
+    """Token ids of one answer → text, piece by piece, and the log-probabilities that belong to it.
 
-    def __init__(self, table: dict[int, bytes]):
-        self._table = table
+    Held back are an unfinished multi-byte character, and what one of the strings in `stop` may begin with. The first
+    stop string to be complete ends the text before it, however the tokens cut it, and sets `stopped`.
+    """
+
+    def __init__(self, table: dict[int, bytes], stop: tuple[str, ...] = (), goes_on: bool = False):
+        self._table, self._stop, self._started = table, stop, goes_on
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._started = False
+        self._held, self._shown = "", 0  # text, and characters
+        self._waiting: list[tuple[int, TokenLogprob]] = []  # by the character with which each begins
+        self.stopped = False
 
-    def push(self, token: int) -> str:
-        """What can be shown after `token`; special tokens and ids beyond the vocabulary are empty text."""
-        data = self._table.get(token, b"")
-        if data and not self._started:
-            self._started = True
-            data = data.removeprefix(b" ")  # the first word's own space
-        return self._utf8.decode(data)
+    def push(self, token: int, logprobs: tuple[float, list[tuple[int, float]]] | None = None) -> str:
+        """What can be shown after `token`; special tokens and ids beyond the vocabulary are empty text.
+
+        `logprobs` are the token's own and (id, logprob) of its alternatives.
+        """
+        if logprobs:
+            top = [(self._data(other), value) for other, value in logprobs[1]]
+            shown = TokenLogprob(self._data(token), logprobs[0], top)
+            self._waiting.append((self._shown + len(self._held), shown))
+        data = self._data(token)
+        self._started |= bool(data)
+        return self._show(self._utf8.decode(data))
 
     def finish(self) -> str:
         """What is left when the answer is over: U+FFFD for a character that never became whole."""
-        return self._utf8.decode(b"", final=True)
+        return self._show(self._utf8.decode(b"", final=True), final=True)
+
+    def logprobs(self) -> list[TokenLogprob]:
+        """Those of the tokens of which something was shown since the last call."""
+        ready = [entry for start, entry in self._waiting if start < self._shown]
+        self._waiting = self._waiting[len(ready) :]
+        return ready
+
+    def _data(self, token: int) -> bytes:
+        data = self._table.get(token, b"")
+        return data if self._started else data.removeprefix(b" ")  # the first word's own space
+
+    def _show(self, text: str, final: bool = False) -> str:
+        self._held += text
+        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
+        end, length = min(found, default=(0, 0))
+        begun = (k for stop in self._stop for k in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:k]))
+        cut = end + length if found else len(self._held) - (0 if final else max(begun, default=0))
+        text, self._held = self._held[:cut], "" if found else self._held[cut:]
+        self.stopped |= bool(found)
+        self._shown += len(text)
+        return text
 
 
 def _token_bytes(token: str) -> bytes:

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "phi3v"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"keys", "tls", "request", "kernel"},
-    {"protocol", "images", "tokenizer", "language", "vision"},
+    {"keys", "tls", "metrics", "request", "kernel"},
+    {"protocol", "images", "tokenizer", "sampling", "language", "vision"},
     {"model", "cache", "sequences"},
     {"engine"},
     {"llm"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"kernel", "language", "vision", "cache", "sequences", "model", "engine"}
+MLX = {"kernel", "language", "vision", "cache", "sampling", "sequences", "model", "engine"}
 # Inside functions only: so that `list` needs none of it, and a hub id is the only thing that waits for mlx-lm.
 LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "mlx_lm"), ("llm", "__init__"), ("__main__", "server")}
 LAZY |= {("__main__", "protocol"), ("__main__", "__init__"), ("__init__", "errors")}
@@ -63,7 +63,7 @@ def test_mlx_and_other_packages_are_imported_where_they_may_be(module):
     foreign = everything - set(MODULES) - set(sys.stdlib_module_names)
     assert foreign <= OUTSIDE
     assert ("mlx" in everything) == (module in MLX or module == "__init__")
-    if module in ("__init__", "__main__", "keys", "tls", "errors", "request", "protocol", "server"):
+    if module in ("__init__", "__main__", "keys", "tls", "metrics", "errors", "request", "protocol", "server"):
         assert not imports(module, anywhere=False) & (OUTSIDE | {"llm"})
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import phi3v
 from phi3v.errors import RequestError, SetupError
-from phi3v.request import Request
+from phi3v.request import Picture, Request, SamplingParams, question
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 160, 60), (40, 80, 220)
 
@@ -155,7 +155,7 @@ def test_a_prompt_must_leave_room_in_the_context(llm):
 
 
 def room(llm, text: str) -> int:
-    return 4096 - len(llm.tokenizer.encode(llm.tokenizer.prompt(text, 0), [], 0))
+    return 4096 - len(llm._encode(question(text, []), []))
 
 
 @pytest.mark.parametrize("leave", ["next(s)", "next(s); raise SystemExit(3)", "next(s); s = None"])
@@ -214,8 +214,8 @@ def test_the_checkpoint_is_named_after_what_was_loaded(llm, tmp_path):
 
 
 def test_a_second_question_about_a_picture_is_read_from_where_the_first_ended():
-    def ask(question: str, owner: str):
-        with llm.answer(Request([question], [[CIRCLE]]), owner) as deltas:
+    def ask(text: str, owner: str):
+        with llm.answer(Request([question(text, [Picture(CIRCLE)])], SamplingParams()), owner) as deltas:
             pieces = list(deltas)
         return "".join(d.text for d in pieces), pieces[-1].cached_tokens
 

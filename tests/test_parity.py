@@ -16,7 +16,8 @@ from PIL import Image
 
 from phi3v import images, model
 from phi3v.language import KVCache, Part, Rope
-from phi3v.tokenizer import IMAGE_TAG, Tokenizer
+from phi3v.request import IMAGE_TAG
+from phi3v.tokenizer import Tokenizer
 
 PARITY = Path(__file__).parent / "parity"
 sys.path.insert(0, str(PARITY))

@@ -7,7 +7,7 @@ import pytest
 
 from phi3v import protocol
 from phi3v.errors import RequestError
-from phi3v.request import Delta, Request, SamplingParams
+from phi3v.request import Chat, Delta, Picture, Request, SamplingParams
 
 DEEP = "the body is nested deeper than 32 levels"
 NUMBER = "the body holds a number that is none, or too long"
@@ -72,7 +72,20 @@ def test_what_is_no_json_object_is_refused_and_the_message_says_why(raw, message
     assert (caught.value.message, caught.value.status, caught.value.param) == (message, 400, None)
 
 
-ONE = Request(["hi"], [[]], SamplingParams())
+def asked(*prompts: list[str | int] | str, pictures: list[list] | None = None, **params) -> Request:
+    """The request for these prompts; what they say and show, picture by picture with its field."""
+    contents = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+    chats = [Chat([("user", c)], p) for c, p in zip(contents, pictures or [[]] * len(contents), strict=True)]
+    return Request(chats, SamplingParams(**params))
+
+
+def shown(text: str, sources: list[bytes]) -> Request:
+    """The request for one prompt with pictures in front of it."""
+    content = [part for k in range(1, len(sources) + 1) for part in (-k, "\n")] + [text]
+    return asked(content, pictures=[[Picture(source, f"images[{k}]") for k, source in enumerate(sources)]])
+
+
+ONE = asked("hi")
 
 
 @pytest.mark.parametrize(
@@ -82,21 +95,32 @@ ONE = Request(["hi"], [[]], SamplingParams())
         ({"prompt": "hi", "images": None, "max_tokens": None, "num_crops": None}, ONE),
         ({"prompt": "hi", "model": 5, "user": ["x"], "prompts": {}, "temperatur": "hot"}, ONE),
         ({"prompt": ["hi"]}, ONE),
-        ({"prompt": " "}, Request([" "], [[]])),
-        ({"prompt": "<|end|>\0\n日本🎉"}, Request(["<|end|>\0\n日本🎉"], [[]])),
-        ({"prompt": ["a", "b", "a"]}, Request(["a", "b", "a"], [[], [], []])),
-        ({"prompt": ["a"] * 32}, Request(["a"] * 32, [[]] * 32)),
-        ({"prompt": "hi", "max_tokens": 1}, Request(["hi"], [[]], SamplingParams(max_tokens=1))),
-        ({"prompt": "hi", "max_tokens": 1024}, Request(["hi"], [[]], SamplingParams(max_tokens=1024))),
-        ({"prompt": "hi", "num_crops": 16}, Request(["hi"], [[]], SamplingParams(num_crops=16))),
-        ({"prompt": "hi", "images": ["YWJj"]}, Request(["hi"], [[b"abc"]])),
-        ({"prompt": "hi", "images": ["data:image/png;base64,YWI=", "YQ=="]}, Request(["hi"], [[b"ab", b"a"]])),
-        ({"prompt": "hi", "images": ["DATA:;BASE64,YWJj"]}, Request(["hi"], [[b"abc"]])),
-        ({"prompt": "hi", "images": ["data:image/svg+xml;base64,PHN2Zy8+"]}, Request(["hi"], [[b"<svg/>"]])),
-        ({"prompt": "hi", "images": ["L2V0Yy9wYXNzd2Q="]}, Request(["hi"], [[b"/etc/passwd"]])),  # bytes, no path
-        ({"prompt": "hi", "images": ["YWJj"] * 16}, Request(["hi"], [[b"abc"] * 16])),
-        ({"prompt": ["a", "b"], "images": [[], ["YQ==", "YWI="]]}, Request(["a", "b"], [[], [b"a", b"ab"]])),
-        ({"prompt": ["a"], "images": [["YQ=="]]}, Request(["a"], [[b"a"]])),
+        ({"prompt": " "}, asked(" ")),
+        ({"prompt": "<|end|>\0\n日本🎉"}, asked("<|end|>\0\n日本🎉")),
+        ({"prompt": ["a", "b", "a"]}, asked("a", "b", "a")),
+        ({"prompt": ["a"] * 32}, asked(*"a" * 32)),
+        ({"prompt": "hi", "max_tokens": 1}, asked("hi", max_tokens=1)),
+        ({"prompt": "hi", "max_tokens": 1024}, asked("hi", max_tokens=1024)),
+        ({"prompt": "hi", "num_crops": 16}, asked("hi", num_crops=16)),
+        ({"prompt": "hi", "images": ["YWJj"]}, shown("hi", [b"abc"])),
+        ({"prompt": "hi", "images": ["data:image/png;base64,YWI=", "YQ=="]}, shown("hi", [b"ab", b"a"])),
+        ({"prompt": "hi", "images": ["DATA:;BASE64,YWJj"]}, shown("hi", [b"abc"])),
+        ({"prompt": "hi", "images": ["data:image/svg+xml;base64,PHN2Zy8+"]}, shown("hi", [b"<svg/>"])),
+        ({"prompt": "hi", "images": ["L2V0Yy9wYXNzd2Q="]}, shown("hi", [b"/etc/passwd"])),  # bytes, no path
+        ({"prompt": "hi", "images": ["YWJj"] * 16}, shown("hi", [b"abc"] * 16)),
+        (
+            {"prompt": ["a", "b <|image_2|> <|image_1|>"], "images": [[], ["YQ==", "YWI="]]},
+            asked(
+                "a",
+                ["b ", -2, " ", -1, ""],
+                pictures=[[], [Picture(b"a", "images[1][0]"), Picture(b"ab", "images[1][1]")]],
+            ),
+        ),
+        ({"prompt": ["a"], "images": [["YQ=="]]}, asked([-1, "\n", "a"], pictures=[[Picture(b"a", "images[0][0]")]])),
+        ({"prompt": "hi", "stop": "a", "seed": -1, "n": 8}, asked("hi", stop=("a",), seed=-1, n=8)),
+        ({"prompt": "hi", "stop": ["a", "b"], "top_p": 1, "top_k": 0}, asked("hi", stop=("a", "b"))),
+        ({"prompt": "hi", "temperature": 0, "logprobs": 0, "stop": []}, asked("hi", logprobs=0)),
+        ({"prompt": "hi", "choices": ["a", "b"], "echo": False, "best_of": 1}, asked("hi", choices=("a", "b"))),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -200,7 +224,7 @@ def test_interleaved_pieces_of_several_answers_become_one_reply():
         Delta(0, "", "stop", 10, 20, 8),
     ]
     now = datetime(2026, 11, 22, 10, 8, 53, 64652, tzinfo=UTC)
-    reply = protocol.completion_response(iter(deltas), "demo-1", now)
+    reply = protocol.Answer(False, "demo-1", 3, now=now).whole(iter(deltas))
     number = reply.pop("id").removeprefix("cmpl-")
     assert len(number) == 32 and int(number, 16)
     assert reply == {
@@ -226,7 +250,7 @@ def test_interleaved_pieces_of_several_answers_become_one_reply():
 
 def test_each_reply_has_an_id_of_its_own_and_the_present_time():
     before = datetime.now(UTC)
-    replies = [protocol.completion_response([Delta(0, "a", "stop", 1, 1)], "x") for _ in range(2)]
+    replies = [protocol.Answer(False, "x").whole([Delta(0, "a", "stop", 1, 1)]) for _ in range(2)]
     assert replies[0]["id"] != replies[1]["id"]
     assert before <= datetime.fromisoformat(replies[0]["timestamp"]) <= datetime.now(UTC)
 
@@ -250,7 +274,7 @@ def test_a_message_that_repeats_half_a_surrogate_pair_can_still_be_sent():
 
 def test_a_request_has_at_most_32_pictures_in_all():
     body = {"prompt": ["a", "b", "c"], "images": [["AAAA"] * 16, ["AAAA"] * 16, []]}
-    assert sum(map(len, protocol.parse_completion(body, 1024).images)) == 32
+    assert sum(len(chat.pictures) for chat in protocol.parse_completion(body, 1024).chats) == 32
     body["images"][2].append("AAAA")
     with pytest.raises(RequestError, match="images has 33 pictures, at most 32 may be"):
         protocol.parse_completion(body, 1024)

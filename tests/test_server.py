@@ -20,7 +20,7 @@ import pytest
 from phi3v import server, tls
 from phi3v.errors import RequestError, Unavailable
 from phi3v.keys import KeyStore
-from phi3v.request import Delta, Request, SamplingParams
+from phi3v.request import Delta, Request, SamplingParams, question
 
 HELLO = b'{"prompt": "hello"}'
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -38,15 +38,15 @@ class FakeLLM:
         self.gate, self.started, self.left = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
 
-    def answer(self, request, owner):
+    def answer(self, request, owner, patience):
         self.requests.append(request)
-        self.owner = owner
+        self.owner, self.patience = owner, patience
         if self.refuses:
             raise self.refuses
         return self
 
     def __enter__(self):
-        return self._pieces(self.requests[-1].prompts)
+        return self._pieces([chat.messages[-1][1][0] for chat in self.requests[-1].chats])
 
     def __exit__(self, *_):
         self.left.set()
@@ -173,7 +173,7 @@ def test_the_documented_request_gets_the_documented_answer_and_nothing_says_what
     assert datetime.fromisoformat(body["timestamp"]).utcoffset().total_seconds() == 0
     assert (body["choices"][0]["text"], body["usage"]["total_tokens"]) == ("!olleH", 8)
     assert body["system_fingerprint"] == "fake-1"
-    assert site.llm.requests == [Request(["Hello!"], [[]], SamplingParams(max_tokens=512))]
+    assert site.llm.requests == [Request([question("Hello!", [])], SamplingParams(max_tokens=512))]
     assert re.fullmatch(r"\w{3}, \d\d \w{3} 20\d\d \d\d:\d\d:\d\d GMT", headers.pop("Date"))
     assert headers.pop("Content-Length") == str(len(reply.body))
     expected = {"Content-Type": "application/json", "X-Request-Id": "r-1", "Cache-Control": "no-store"}
@@ -480,7 +480,7 @@ def test_usage_is_counted_for_what_passed_the_window_and_for_nothing_else(site, 
 
 def test_every_request_has_one_line_with_its_facts(site):
     key, rest = f" key={site.key.id}", 'method=POST path="/v1/completions"'
-    tokens = r" first_ms=\d+ prompt_tokens=5 completion_tokens=4 total_tokens=9"
+    tokens = r" first_ms=\d+ prompt_tokens=5 completion_tokens=4 cached_tokens=0"
     site.post(b'{"prompt": ["abc", "de"]}', "POST /v1/completions?a=b&key=c", X_Request_Id="r-1")
     assert re.fullmatch(rf"request=r-1 client=127.0.0.1{key} {rest} status=200 ms=\d+{tokens}", site.line())
     site.post(b"{}", X_Request_Id="r-2")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
 
 from phi3v.errors import RequestError, SetupError
+from phi3v.request import Picture, question
 from phi3v.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "parity" / "tiny-su"
@@ -20,7 +21,11 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n \t
 
 
 def ids_of(text: str, images: int = 0, slots: tuple[int, ...] = ()) -> list[int]:
-    return TOKENIZER.encode(TOKENIZER.prompt(text, images), list(slots), 99)
+    return TOKENIZER.encode(parts_of(text, images), list(slots), 99)
+
+
+def parts_of(text: str, images: int) -> list[str | int]:
+    return TOKENIZER.chat(question(text, [Picture(b"")] * images).messages)
 
 
 @settings(max_examples=500, deadline=None)
@@ -68,7 +73,7 @@ def test_tags_place_pictures_and_every_piece_gets_a_start_token():
 )
 def test_a_missing_or_surplus_picture_is_refused(text, images):
     with pytest.raises(RequestError, match=f"has {images} pictures") as caught:
-        TOKENIZER.prompt(text, images)
+        parts_of(text, images)
     assert caught.value.param == "images"
 
 
@@ -100,7 +105,7 @@ def test_ids_beyond_the_vocabulary_and_special_ids_are_empty_text():
 
 
 def test_a_short_prompt_cannot_make_a_long_list():
-    parts = TOKENIZER.prompt("<|image_1|>" * 90_000, 1)
+    parts = parts_of("<|image_1|>" * 90_000, 1)
     with pytest.raises(RequestError, match="take 225,810,000 tokens, the context has 4,096") as caught:
         TOKENIZER.encode(parts, [2509], 4096)
     assert caught.value.param == "images"
