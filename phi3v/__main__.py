@@ -25,8 +25,10 @@ from .errors import RequestError, SetupError
 from .keys import Key, KeyStore
 
 LOG_BYTES, LOG_FILES = 10_000_000, 5  # server.log is rotated: 60 MB at most
-SIZES = {"": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3}
-TIMES = {"m": 60, "h": 3600, "d": 86400}
+UNITS = {"": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3, "M": 60, "H": 3600, "D": 86400}
+COUNT = r"([1-9][0-9]{0,8})()", "a whole number of at least 1"
+SIZE = r"([0-9]{1,12})(?i:([KMG]B|))", "a size such as 500KB, 1MB, 4GB or 1048576"
+TIME = r"([1-9][0-9]{0,5})([mhd])", "a time such as 30m, 12h or 90d, nor 'never'"
 QUESTION = "What is shown in this image?"
 EXAMPLE = Path(__file__).parent / "demo" / "red-circle.png"
 
@@ -45,17 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stdout:
             sys.stdout.flush()
         return 0
-    except (SetupError, RequestError) as error:
-        print(f"phi3v: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `phi3v generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a full disk, a picture that is a folder
+    except (SetupError, RequestError, OSError) as error:  # OSError: a full disk, a picture that is a folder
         print(f"phi3v: {error}", file=sys.stderr)
-        return 1
+    return 1
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -65,10 +63,9 @@ def serve(arguments: argparse.Namespace) -> None:
 
     if not arguments.host:
         raise SetupError("--host is empty: 127.0.0.1 is this machine only, 0.0.0.0 the whole network")
-    names = ("max_batch", "max_queue", "max_context", "cache_bytes", "idle_unload")
-    with open_llm(
-        arguments.model, **{name: getattr(arguments, name) for name in names}
-    ) as llm:  # first: what is no model must leave no files behind
+    names = "max_batch", "max_queue", "max_context", "cache_bytes", "idle_unload"
+    limits = {name: getattr(arguments, name) for name in names}
+    with open_llm(arguments.model, **limits) as llm:  # first: what is no model must leave no files behind
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
@@ -104,11 +101,10 @@ def _catch_signals() -> queue.SimpleQueue:
 
 
 def create(arguments: argparse.Namespace) -> None:
-    expires = time.time() + arguments.expires if arguments.expires else None
     with closing(KeyStore(arguments.db)) as keys:
         if keys.created:
             print(f"phi3v: made a new database, {keys.path}", file=sys.stderr)
-        key, secret = keys.create(arguments.name, arguments.rate_limit, expires)
+        key, secret = keys.create(arguments.name, arguments.rate_limit, _end(arguments.expires))
     print(secret)
     print(f"phi3v: that is key {key.id} of {keys.path}, shown only this once", file=sys.stderr)
 
@@ -116,18 +112,15 @@ def create(arguments: argparse.Namespace) -> None:
 def list_keys(arguments: argparse.Namespace) -> None:
     with closing(KeyStore(arguments.db, create=False)) as keys:
         found = keys.list()
-    if arguments.json:
-        print(json.dumps({"db": str(keys.path), "keys": [vars(key) for key in found]}, indent=2))
-    else:
-        print(keys.path)
-        print(_table(found))
+    shown = json.dumps({"db": str(keys.path), "keys": [vars(key) for key in found]}, indent=2)
+    print(shown if arguments.json else f"{keys.path}\n{_table(found)}")
 
 
 def update(arguments: argparse.Namespace) -> None:
-    changes = {"name": arguments.name, "rate_limit": arguments.rate_limit}
-    changes = {column: value for column, value in changes.items() if value is not None}
-    if arguments.expires is not None:
-        changes["expires"] = time.time() + arguments.expires if arguments.expires else None
+    given = {column: getattr(arguments, column) for column in ("name", "rate_limit", "expires")}
+    changes = {column: value for column, value in given.items() if value is not None}
+    if "expires" in changes:
+        changes["expires"] = _end(arguments.expires)
     if not changes:
         raise SetupError("nothing to change: give --rate-limit, --name or --expires")
     with closing(KeyStore(arguments.db, create=False)) as keys:
@@ -175,80 +168,72 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command(serve, "serve", "serve the model over HTTPS")
-    _option(sub, "--model", default="demo", help="demo (the embedded one), a checkpoint folder or a hub id")
-    _option(sub, "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
-    _option(sub, "--port", type=int, default=8000)
-    _option(sub, "--certfile", default="server.crt", help="made on the first run if it is not there")
-    _option(sub, "--keyfile", default="server.key")
-    _option(sub, "--log-file", default="server.log")
-    _option(sub, "--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    _option(sub, "--max-content-length", type=_size, default="1MB", help="largest body, such as 500KB or 1MB")
-    _option(sub, "--max-chat-content-length", type=_size, default="20MB", help="the same, of the chat route")
-    _option(sub, "--max-tokens", type=_positive, default=1024, help="the most that a request may ask for")
-    _option(sub, "--max-batch", type=_auto(_positive), default="auto", help="the most sequences that run at once")
-    _option(sub, "--max-queue", type=_positive, default="256", help="the most that run or wait")
-    _option(sub, "--max-context", type=_auto(_positive), default="auto", help="the most tokens of prompt and answer")
-    _option(sub, "--cache-bytes", type=_auto(_size), default="auto", help="memory to keep read prompts and pictures in")
-    _option(sub, "--idle-unload", type=_duration, default="never", help="free the model after such a time without work")
+    count, size, duration = _kind(*COUNT), _kind(*SIZE), _kind(*TIME, never=0)
+    auto_count, auto_size = _kind(*COUNT, auto=None), _kind(*SIZE, auto=None)  # None: worked out from the memory
+    sub = serve_ = command(serve, "serve", "serve the model over HTTPS")
+    _option(sub, "--host", "127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
+    _option(sub, "--port", 8000, type=int)
+    _option(sub, "--certfile", "server.crt", help="made on the first run if it is not there")
+    _option(sub, "--keyfile", "server.key")
+    _option(sub, "--log-file", "server.log")
+    _option(sub, "--log-level", "info", choices=["debug", "info", "warning", "error"])
+    _option(sub, "--max-content-length", "1MB", type=size, help="largest body, such as 500KB or 1MB")
+    _option(sub, "--max-chat-content-length", "20MB", type=size, help="the same, of the chat route")
+    _option(sub, "--max-tokens", 1024, type=count, help="the most that a request may ask for")
+    _option(sub, "--max-batch", "auto", type=auto_count, help="the most sequences that run at once")
+    _option(sub, "--max-queue", 256, type=count, help="the most that run or wait")
+    _option(sub, "--max-context", "auto", type=auto_count, help="the most tokens of prompt and answer")
+    _option(sub, "--cache-bytes", "auto", type=auto_size, help="memory to keep read prompts and pictures in")
+    _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work")
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
-    create_ = command(create, "create", "create an API key and print it, once")
-    create_.add_argument("--name", required=True)
-    create_.add_argument("--rate-limit", type=_positive, default=100, help="requests per minute (100)")
-    create_.add_argument("--expires", type=_duration, help="how long it is valid, such as 12h or 90d (for ever)")
-    list_ = command(list_keys, "list", "show the keys, their limits and their use; never a key itself")
-    list_.add_argument("--json", action="store_true")
-    update_ = command(update, "update", "change a key's limit, name or end")
-    update_.add_argument("--rate-limit", type=_positive)
-    update_.add_argument("--name")
-    update_.add_argument("--expires", type=_duration, help="from now on, such as 90d; or never")
+    sub = create_ = command(create, "create", "create an API key and print it, once")
+    sub.add_argument("--name", required=True)
+    sub.add_argument("--rate-limit", type=count, default=100, help="requests per minute (100)")
+    sub.add_argument("--expires", type=duration, help="how long it is valid, such as 12h or 90d (for ever)")
+    sub = list_ = command(list_keys, "list", "show the keys, their limits and their use; never a key itself")
+    sub.add_argument("--json", action="store_true")
+    sub = update_ = command(update, "update", "change a key's limit, name or end")
+    sub.add_argument("--rate-limit", type=count)
+    sub.add_argument("--name")
+    sub.add_argument("--expires", type=duration, help="from now on, such as 90d; or never")
     delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
-    for sub_ in (update_, delete_):
-        sub_.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
-    for sub_ in (sub, create_, list_, update_, delete_):
-        _option(sub_, "--db", default="keys.db", help="the file that holds the keys")
-    sub = command(generate, "generate", "answer one prompt in the terminal")
+    sub = generate_ = command(generate, "generate", "answer one prompt in the terminal")
     sub.add_argument("prompt")
     sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    _option(sub, "--model", default="demo", help="demo (the embedded one), a checkpoint folder or a hub id")
     sub.add_argument("--max-tokens", type=int, help="the most tokens of the answer (512)")
     sub.add_argument("--num-crops", type=int, help="the most crops a picture is cut into, 1 to 16")
     sub.add_argument("--json", action="store_true", help="print the reply that the server would give")
+    for sub in (update_, delete_):
+        sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
+    for sub in (serve_, generate_):
+        _option(sub, "--model", "demo", help="demo (the embedded one), a checkpoint folder or a hub id")
+    for sub in (serve_, create_, list_, update_, delete_):
+        _option(sub, "--db", "keys.db", help="the file that holds the keys")
     return parser
 
 
-def _option(parser: argparse.ArgumentParser, flag: str, **kwargs) -> None:
+def _option(parser: argparse.ArgumentParser, flag: str, default: str | int, help: str = "", **kwargs) -> None:
     """An option whose default the environment may set: --log-file reads PHI3V_LOG_FILE."""
     variable = "PHI3V_" + flag.strip("-").upper().replace("-", "_")
-    kwargs["help"] = f"{kwargs.get('help', '')} ({kwargs['default']}; {variable})".strip()
-    kwargs["default"] = os.environ.get(variable) or kwargs["default"]
-    parser.add_argument(flag, **kwargs)
+    text = f"{help} ({default}; {variable})".strip()
+    parser.add_argument(flag, default=os.environ.get(variable) or default, help=text, **kwargs)
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def _kind(pattern: str, what: str, **words):
+    """What argparse makes of a value: a number times its unit, or one of `words`."""
+
+    def kind(text: str) -> int | None:
+        found = re.fullmatch(pattern, text)
+        if not found and text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(found[1]) * UNITS[found[2].upper()] if found else words[text]
+
+    return kind
 
 
-def _auto(kind):
-    """A value of that kind, or None for "auto", which is worked out from the machine's memory."""
-    return lambda text: None if text == "auto" else kind(text)
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,12})(KB|MB|GB|)", text.upper())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500KB, 1MB, 4GB or 1048576")
-    return int(found[1]) * SIZES[found[2]]
-
-
-def _duration(text: str) -> int:
-    """Seconds; 0 for "never"."""
-    found = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", text)
-    if not found and text != "never":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30m, 12h or 90d, nor 'never'")
-    return int(found[1]) * TIMES[found[2]] if found else 0
+def _end(seconds: int | None) -> float | None:
+    """When a key ends that is valid so long; None and 0, which stands for "never", are for ever."""
+    return time.time() + seconds if seconds else None
 
 
 def _reference(key: str) -> str:
@@ -261,8 +246,7 @@ def _text(raw: bytes) -> str:
 
 
 def _table(keys: list[Key]) -> str:
-    head = ["ID", "NAME", "KEY", "LIMIT/MIN", "CREATED", "EXPIRES", "LAST USED", "REQUESTS", "TOKENS"]
-    rows = [head]
+    rows = [["ID", "NAME", "KEY", "LIMIT/MIN", "CREATED", "EXPIRES", "LAST USED", "REQUESTS", "TOKENS"]]
     for k in keys:
         tokens = f"{k.prompt_tokens}+{k.completion_tokens}"
         times = [_date(t) for t in (k.created, k.expires, k.last_used)]
@@ -287,16 +271,15 @@ def _start_log(arguments: argparse.Namespace) -> Path | None:
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter("phi3v: %(message)s"))
     log.addHandler(console)
+    path, rotated = Path(arguments.log_file).absolute(), {"maxBytes": LOG_BYTES, "backupCount": LOG_FILES}
     try:
-        file = logging.handlers.RotatingFileHandler(
-            arguments.log_file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"
-        )
+        file = logging.handlers.RotatingFileHandler(path, encoding="utf-8", **rotated)
     except OSError as error:
         log.warning("cannot write %s: %s; serving without a log file", arguments.log_file, error.strerror)
         return None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
-    return Path(arguments.log_file).absolute()
+    return path
 
 
 def _say_hello(arguments: argparse.Namespace, llm, keys: KeyStore, log_file: Path | None, port: int) -> None:
@@ -305,29 +288,29 @@ def _say_hello(arguments: argparse.Namespace, llm, keys: KeyStore, log_file: Pat
     everyone = arguments.host in ("0.0.0.0", "::")
     here = "localhost" if everyone else f"[{name}]" if ":" in name else name
     demo = " (the small embedded demo, not Phi-3.5-vision)" if arguments.model == "demo" else ""
-    print(f"phi3v {__version__} answers at https://{here}:{port}")
-    print(f"model {llm.checkpoint}{demo}")
     batch, queue, context, kept = llm.limits.values()
-    print(f"{batch} sequences at once of {queue} taken, {context:,} tokens each, {kept / 1e9:.1f} GB for what was read")
-    print(f"keys in {keys.path}, log in {log_file or 'no file'}")
+    lines = [
+        f"phi3v {__version__} answers at https://{here}:{port}",
+        f"model {llm.checkpoint}{demo}",
+        f"{batch} sequences at once of {queue} taken, {context:,} tokens each, {kept / 1e9:.1f} GB for what was read",
+        f"keys in {keys.path}, log in {log_file or 'no file'}",
+    ]
     if sys.platform == "linux":
-        print(f"matrix products by {fast_blas() or 'the slow BLAS of the MLX wheel: README says how to get OpenBLAS'}")
+        slow = "the slow BLAS of the MLX wheel: README says how to get OpenBLAS"
+        lines += [f"matrix products by {fast_blas() or slow}"]
     if everyone:
-        print(f"others on this network: https://{name}:{port}, with a copy of {certificate}")
-        print(f"whose SHA-256 fingerprint is {tls.fingerprint(certificate)}")
-    secret = "YOUR_API_KEY"
-    if not keys.list() and arguments.first_key:
+        lines += [f"others on this network: https://{name}:{port}, with a copy of {certificate}"]
+        lines += [f"whose SHA-256 fingerprint is {tls.fingerprint(certificate)}"]
+    secret, some = "YOUR_API_KEY", keys.list()
+    if arguments.first_key and not some:
         _, secret = keys.create("first")
-        print(f"\nyour API key, shown only this once:\n{secret}")
+        lines += [f"\nyour API key, shown only this once:\n{secret}"]
     else:
-        print(f"to make {'another' if keys.list() else 'a first'} API key: phi3v create --name NAME --db {keys.path}")
-    picture = base64.b64encode(EXAMPLE.read_bytes()).decode()
-    body = json.dumps({"prompt": QUESTION, "images": [picture]})
-    print(
-        f"\ntry it:\ncurl --cacert {shlex.quote(str(certificate))} https://{here}:{port}/v1/completions"
-        f" -H 'Content-Type: application/json' -H 'X-API-Key: {secret}' -d '{body}'\n",
-        flush=True,
-    )
+        lines += [f"to make {'another' if some else 'a first'} API key: phi3v create --name NAME --db {keys.path}"]
+    body = json.dumps({"prompt": QUESTION, "images": [base64.b64encode(EXAMPLE.read_bytes()).decode()]})
+    curl = f"curl --cacert {shlex.quote(str(certificate))} https://{here}:{port}/v1/completions"
+    headers = f"-H 'Content-Type: application/json' -H 'X-API-Key: {secret}'"
+    print(*lines, f"\ntry it:\n{curl} {headers} -d '{body}'\n", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

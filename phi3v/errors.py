@@ -18,44 +18,20 @@ class RequestError(Exception):
         self.message, self.param, self.headers = message, param, headers or {}
 
 
-class Unauthorized(RequestError):
-    status, type = 401, "authentication_error"
+def _kind(name: str, status: int, type_: str = RequestError.type) -> type[RequestError]:
+    return type(name, (RequestError,), {"__module__": __name__, "status": status, "type": type_})
 
 
-class Forbidden(RequestError):
-    status, type = 403, "permission_error"
-
-
-class NotFound(RequestError):
-    status, type = 404, "not_found_error"
-
-
-class ModelNotFound(NotFound):
-    type = "model_not_found"
-
-
-class MethodNotAllowed(RequestError):
-    status = 405
-
-
-class SlowBody(RequestError):
-    status = 408
-
-
-class LengthRequired(RequestError):
-    status = 411
-
-
-class TooLarge(RequestError):
-    status = 413
-
-
-class UnsupportedType(RequestError):
-    status = 415
-
-
-class RateLimited(RequestError):
-    status, type = 429, "rate_limit_error"
+Unauthorized = _kind("Unauthorized", 401, "authentication_error")
+Forbidden = _kind("Forbidden", 403, "permission_error")
+NotFound = _kind("NotFound", 404, "not_found_error")
+ModelNotFound = _kind("ModelNotFound", 404, "model_not_found")
+MethodNotAllowed = _kind("MethodNotAllowed", 405)
+SlowBody = _kind("SlowBody", 408)
+LengthRequired = _kind("LengthRequired", 411)
+TooLarge = _kind("TooLarge", 413)
+UnsupportedType = _kind("UnsupportedType", 415)
+RateLimited = _kind("RateLimited", 429, "rate_limit_error")
 
 
 class Unavailable(RequestError):

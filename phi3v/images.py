@@ -10,6 +10,7 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -58,8 +59,7 @@ def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
 
     Source: HD_transform in Microsoft's image_processing_phi3_v.py.
     """
-    ratio = width / height
-    scale = 1
+    ratio, scale = width / height, 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
     # In this order: width·336·scale/height rounds to another row now and then.
@@ -75,8 +75,7 @@ def load(source) -> Image.Image:
         _check_size(*source.size, MAX_JPEG_PIXELS)
         return _to_rgb(source)
     if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
-            source = file.read()
+        source = Path(source).read_bytes()
     if not isinstance(source, bytes | bytearray | memoryview):
         raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
     try:
@@ -94,7 +93,11 @@ def load(source) -> Image.Image:
     except Image.DecompressionBombError:  # over twice what Pillow itself finds safe
         raise RequestError(f"the picture has far over {MAX_JPEG_PIXELS / 1e6:.0f} megapixels") from None
     except UnidentifiedImageError:
-        raise RequestError(_unknown_format(bytes(source[:16]))) from None
+        if bytes(source[4:8]) == b"ftyp":
+            reason = "HEIC and AVIF pictures are not read: send JPEG or PNG (an iPhone does with 'Most Compatible')"
+        else:
+            reason = f"the picture is none of {', '.join(FORMATS)}"
+        raise RequestError(reason) from None
     except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to; its words may leak addresses
         raise RequestError("the picture cannot be decoded: it is damaged or cut off") from error
 
@@ -109,11 +112,10 @@ def process(image: Image.Image, num_crops: int) -> Crops:
     canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), (0, (canvas.height - height) // 2))
     if tall:
         canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
-    pixels = (np.asarray(canvas, np.float32) / 255 - MEAN) / STD
-    pixels = pixels.transpose(2, 0, 1)  # (3, H, W)
+    pixels = ((np.asarray(canvas, np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1)  # (3, H, W)
     rows, columns = canvas.height // SIDE, canvas.width // SIDE
     tiles = pixels.reshape(3, rows, SIDE, columns, SIDE).transpose(1, 3, 0, 2, 4).reshape(-1, 3, SIDE, SIDE)
-    # Before the floats are made of them the pixels are a quarter of the bytes, and all that the crops depend on.
+    # The canvas has a quarter of the floats' bytes, and all that the crops depend on.
     digest = hashlib.sha256(f"{canvas.size}".encode() + canvas.tobytes()).digest()
     digest = int.from_bytes(digest[:8], "big", signed=True) | -(2**63)
     return Crops(np.concatenate([_global_view(pixels)[None], tiles]), (rows, columns), digest)
@@ -131,16 +133,13 @@ def _global_view(pixels: np.ndarray) -> np.ndarray:
 
 def _bicubic(size: int) -> tuple[np.ndarray, np.ndarray]:
     """The four source indices and weights of each of 336 outputs: Keys' kernel with a = −0.75, as torch has it."""
-    a = -0.75
-    source = (np.arange(SIDE) + 0.5) * (size / SIDE) - 0.5
-    first = np.floor(source)
-    t = source - first
-    distance = np.stack([t + 1, t, 1 - t, 2 - t], 1)
+    a, source = -0.75, (np.arange(SIDE) + 0.5) * (size / SIDE) - 0.5
+    taps = np.floor(source)[:, None] + np.arange(-1, 3)
+    distance = abs(source[:, None] - taps)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
     weights = np.where(distance <= 1, near, far).astype(np.float32)
-    taps = first[:, None].astype(int) + np.arange(-1, 3)
-    return taps.clip(0, size - 1), weights
+    return taps.clip(0, size - 1).astype(int), weights
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -150,10 +149,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise RequestError("pictures with 32 bits a channel have no set white: save it with 8 or 16")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
+    if image.has_transparency_data:
+        image, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
         return white
     return image.convert("RGB")
 
@@ -165,9 +163,3 @@ def _check_size(width: int, height: int, most: int) -> None:
         raise RequestError(f"the picture has {width * height / 1e6:.0f} megapixels, at most {most / 1e6:.0f} may be")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RequestError(f"a picture may be {MAX_ASPECT} times as long as wide, not {width}×{height}")
-
-
-def _unknown_format(head: bytes) -> str:
-    if head[4:8] == b"ftyp":
-        return "HEIC and AVIF pictures are not read: send JPEG or PNG (an iPhone does with 'Most Compatible')"
-    return f"the picture is none of {', '.join(FORMATS)}"

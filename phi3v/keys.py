@@ -1,14 +1,13 @@
 """API keys in sqlite: create, list, update, delete, verify, the exact rate window, usage.
 
-Knows nothing of HTTP or of the model. Two files: `keys.db` is durable and all there is to back up;
-`keys.db-window` holds the last minute of requests, may be deleted at any time, and is written
-without waiting for the disk, so that a check costs no durable commit.
+Knows nothing of HTTP or of the model. Two files: `keys.db` is durable and all there is to back up; `keys.db-window`
+holds the last minute of requests, may be deleted at any time, and is written without waiting for the disk. Usage is
+added up in memory first. So no request waits for a durable commit; a kill loses half a second of usage, no more.
 """
 
 import hashlib
 import logging
 import math
-import os
 import secrets
 import sqlite3
 import string
@@ -16,8 +15,9 @@ import tempfile
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from .errors import Forbidden, RateLimited, SetupError, Unavailable
 VERSION = 1  # PRAGMA user_version of keys.db
 WINDOW = 60_000_000  # microseconds: limits are per minute, as documented
 BUSY_TIMEOUT = 5  # seconds another process, or another thread, may hold the database before we give up
+FLUSH = 0.5  # seconds until usage is written: one durable commit for all requests meanwhile
 MAX_RATE_LIMIT = 1_000_000  # requests per minute: far above what one process answers
 MAX_NAME = 100  # characters: a name is for a table in a terminal
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -39,6 +40,10 @@ CREATE TABLE keys (
     prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 PRAGMA user_version = {VERSION};
+"""
+ADD_USAGE = """
+UPDATE keys SET last_used = ?, requests = requests + 1, prompt_tokens = prompt_tokens + ?,
+    completion_tokens = completion_tokens + ? WHERE id = ?
 """
 WINDOW_SCHEMA = """
 CREATE TABLE IF NOT EXISTS hits (key TEXT NOT NULL, at INTEGER NOT NULL);
@@ -86,30 +91,31 @@ class KeyStore:
     Safe from any thread and with other processes on the same files. `clock` returns seconds since the epoch.
     """
 
-    def __init__(self, path: str | os.PathLike, create: bool = True, clock: Callable[[], float] = time.time):
+    def __init__(self, path: str | Path, create: bool = True, clock: Callable[[], float] = time.time):
         self.path = Path(path).resolve()  # a link and its target share one window
         self._paths = self.path, self.path.with_name(self.path.name + "-window")
         self._clock = clock
         self._lock, self._connections = threading.Lock(), ExitStack()
+        self._usage: deque[tuple] = deque()  # last_used, prompt and completion tokens, id: not written yet
+        self._flushing, self._closing = threading.Lock(), threading.Event()
         self.created = create and not self.path.exists()
         if self.created:
             _create(self.path)
         elif not self.path.exists():
             raise SetupError(f"{self.path} does not exist; make a first key: phi3v create --name NAME --db {self.path}")
-        try:
-            self._connect()
-        except SetupError:
-            self.close()
-            raise
+        self._connect()
+        threading.Thread(target=self._keep_flushing, daemon=True).start()
 
     def close(self) -> None:
+        """Write the usage and let go of the files."""
+        self._closing.set()
+        self._flush()
         self._connections.close()
 
     def create(self, name: str, rate_limit: int = 100, expires: float | None = None) -> tuple[Key, str]:
         """A new key and its secret, which is not stored and cannot be shown again."""
         _check(name, rate_limit)
-        secret = _new_secret()
-        key_id = secrets.token_hex(4)
+        key_id, secret = secrets.token_hex(4), _new_secret()
         row = (key_id, name, secret[:10], _digest(secret), rate_limit, self._clock(), expires)
         with self._transaction() as db:
             db.execute(
@@ -118,16 +124,17 @@ class KeyStore:
         return self.find(key_id), secret
 
     def list(self) -> list[Key]:
-        return [Key(*row) for row in self._rows(f"SELECT {COLUMNS} FROM keys ORDER BY created, id")]
+        self._flush()
+        return self._select("ORDER BY created, id")
 
     def find(self, reference: str) -> Key:
         """The key with this secret or id."""
+        self._flush()
         column, value = ("hash", _digest(reference)) if reference.startswith(PREFIX) else ("id", reference)
-        rows = self._rows(f"SELECT {COLUMNS} FROM keys WHERE {column} = ?", value)
-        if not rows:
-            shown = reference if len(reference) <= 10 else reference[:10] + "…"  # never echo a secret, mistyped or not
-            raise SetupError(f"no key {shown!r} in {self.path}; `phi3v list` shows the ids")
-        return Key(*rows[0])
+        for key in self._select(f"WHERE {column} = ?", value):
+            return key
+        shown = reference if len(reference) <= 10 else reference[:10] + "…"  # never echo a secret, mistyped or not
+        raise SetupError(f"no key {shown!r} in {self.path}; `phi3v list` shows the ids")
 
     def update(self, reference: str, **changes: str | int | float | None) -> Key:
         """Set any of name, rate_limit, expires; in force at once, also in a running server."""
@@ -148,16 +155,16 @@ class KeyStore:
 
     def verify(self, secret: str) -> Key:
         """The live key with this secret, or Forbidden; unknown and expired take the same path and the same time."""
-        rows = self._rows(f"SELECT {COLUMNS} FROM keys WHERE hash = ?", _digest(secret))
-        key = Key(*rows[0]) if rows else None
-        if key is None or (key.expires is not None and key.expires <= self._clock()):
-            raise Forbidden("the API key is unknown, expired or deleted; `phi3v list` shows the keys there are")
-        return key
+        for key in self._select("WHERE hash = ?", _digest(secret)):
+            if key.expires is None or key.expires > self._clock():
+                return key
+        raise Forbidden("the API key is unknown, expired or deleted; `phi3v list` shows the keys there are")
 
     def take(self, key: Key, count: bool = True) -> Allowance:
         """Count one request, or raise RateLimited: at most `rate_limit` are accepted in any 60 seconds.
 
-        Exact between processes: the whole check is one write transaction, and the time is read inside it.
+        Exact between processes: the whole check is one write transaction, and the time is read inside it. Without
+        `count` nothing is counted nor refused: it is the allowance as it stands, `reset` 0 if nothing counts.
         """
         with self._transaction(window=True) as db:
             now = int(self._clock() * 1e6)
@@ -165,33 +172,43 @@ class KeyStore:
             sql("DELETE FROM hits WHERE at <= ?", (now - WINDOW,))
             # After the clock was set back, later hits would lock the key out until it catches up.
             sql("UPDATE hits SET at = ? WHERE at > ?", (now, now))
-            hits = sql("SELECT count(*) FROM hits WHERE key = ?", (key.id,)).fetchone()[0]
-            accepted = count and hits < key.rate_limit
-            if accepted:
+            used = sql("SELECT count(*) FROM hits WHERE key = ?", (key.id,)).fetchone()[0]
+            left = max(key.rate_limit - used, 0)
+            if count and left:
                 sql("INSERT INTO hits VALUES (?, ?)", (key.id, now))
             # The hit whose end makes room: the oldest one, or a later one if the limit was lowered meanwhile.
-            skip = max(hits - key.rate_limit, 0)
-            oldest = sql("SELECT at FROM hits WHERE key = ? ORDER BY at LIMIT 1 OFFSET ?", (key.id, skip)).fetchone()
+            query = "SELECT at FROM hits WHERE key = ? ORDER BY at LIMIT 1 OFFSET ?"
+            oldest = sql(query, (key.id, max(used - key.rate_limit, 0))).fetchone()
         reset = max(1, math.ceil((oldest[0] + WINDOW - now) / 1e6)) if oldest else 0
-        if accepted or not count:
-            return Allowance(key.rate_limit, max(0, key.rate_limit - hits - count), reset)
-        headers = {"Retry-After": str(reset)} | Allowance(key.rate_limit, 0, reset).headers()
+        if left or not count:
+            return Allowance(key.rate_limit, left - count, reset)
         raise RateLimited(
-            f"this key's {key.rate_limit} requests per minute are used up; try again in {reset} s", headers=headers
+            f"this key's {key.rate_limit} requests per minute are used up; try again in {reset} s",
+            headers={"Retry-After": str(reset)} | Allowance(key.rate_limit, 0, reset).headers(),
         )
 
     def record(self, key: Key, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
-        """Add one request and its tokens to the key's usage."""
-        with self._transaction() as db:
-            db.execute(
-                "UPDATE keys SET last_used = ?, requests = requests + 1, prompt_tokens = prompt_tokens + ?,"
-                " completion_tokens = completion_tokens + ? WHERE id = ?",
-                (self._clock(), prompt_tokens, completion_tokens, key.id),
-            )
+        """Add one request and its tokens to the key's usage: in memory, and within FLUSH to the file."""
+        self._usage.append((self._clock(), prompt_tokens, completion_tokens, key.id))
 
-    def _rows(self, sql: str, *values) -> Sequence[tuple]:
+    def _keep_flushing(self) -> None:
+        while not self._closing.wait(FLUSH):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the usage there is; what cannot be written now is kept for the next time."""
+        with self._flushing:  # whoever reads next must find what another thread is just writing
+            usage = [self._usage.popleft() for _ in range(len(self._usage))]
+            try:
+                if usage:
+                    with self._transaction() as db:
+                        db.executemany(ADD_USAGE, usage)
+            except Unavailable:
+                self._usage.extendleft(reversed(usage))
+
+    def _select(self, which: str, *values) -> Sequence[Key]:
         with self._available():
-            return self._db.execute(sql, values).fetchall()
+            return [Key(*row) for row in self._db.execute(f"SELECT {COLUMNS} FROM keys {which}", values)]
 
     @contextmanager
     def _transaction(self, window: bool = False) -> Iterator[sqlite3.Connection]:
@@ -199,13 +216,8 @@ class KeyStore:
         with self._available():
             db = self._window if window else self._db
             db.execute("BEGIN IMMEDIATE")
-            try:
+            with db:  # commits, or rolls back after an error
                 yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
 
     @contextmanager
     def _available(self) -> Iterator[None]:
@@ -227,10 +239,11 @@ class KeyStore:
             self._lock.release()
 
     def _connect(self) -> None:
-        self.close()
+        self._connections.close()
         self._opened = self._inodes()  # before opening: what is replaced meanwhile is opened anew
-        self._db = _open(self.path, self._connections)
-        self._window = _open_window(self._paths[1], self._connections)
+        with ExitStack() as opened:  # which closes the one if the other fails
+            self._db, self._window = _open(self.path, opened), _open_window(self._paths[1], opened)
+            self._connections = opened.pop_all()
 
     def _inodes(self) -> Sequence[int | None]:
         return [path.stat().st_ino if path.exists() else None for path in self._paths]
@@ -239,11 +252,8 @@ class KeyStore:
 def _new_secret() -> str:
     """phi3v_ + 30 random base62 characters (178 bits) + CRC32 of them in 6, so that scanners can tell a real key."""
     body = "".join(secrets.choice(BASE62) for _ in range(30))
-    crc, check = zlib.crc32(body.encode()), ""
-    for _ in range(6):
-        crc, digit = divmod(crc, 62)
-        check = BASE62[digit] + check
-    return PREFIX + body + check
+    crc = zlib.crc32(body.encode())
+    return PREFIX + body + "".join(BASE62[crc // 62**i % 62] for i in reversed(range(6)))
 
 
 def _digest(secret: str) -> bytes:
@@ -261,20 +271,13 @@ def _check(name: str, rate_limit: int) -> None:
 def _create(path: Path) -> None:
     """Make the database complete under a temporary name, then give it its own: nobody sees a half-made one."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # mode 0600 under any umask
-    except OSError as error:
-        raise SetupError(f"cannot create {path}: {error.strerror}") from None
-    os.close(handle)
-    try:
-        with closing(sqlite3.connect(temporary)) as db:
-            db.executescript(SCHEMA)
-        os.link(temporary, path)  # unlike a rename, fails when another process was first
-    except FileExistsError:
-        pass
+        with tempfile.NamedTemporaryFile(prefix=path.name, dir=path.parent) as file:  # mode 0600 under any umask
+            with closing(sqlite3.connect(file.name)) as db:
+                db.executescript(SCHEMA)
+            with suppress(FileExistsError):  # unlike a rename, a link fails when another process was first
+                path.hardlink_to(file.name)
     except (OSError, sqlite3.Error) as error:
-        raise SetupError(f"cannot create {path}: {error}") from None
-    finally:
-        os.unlink(temporary)
+        raise SetupError(f"cannot create {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _connection(path: Path, connections: ExitStack) -> sqlite3.Connection:
@@ -286,17 +289,16 @@ def _connection(path: Path, connections: ExitStack) -> sqlite3.Connection:
 def _open(path: Path, connections: ExitStack) -> sqlite3.Connection:
     try:
         db = _connection(path, connections)
-        version, state = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "quick_check(1)"))
+        version, state = db.execute("SELECT * FROM pragma_user_version, pragma_quick_check(1)").fetchone()
         if version > VERSION:
             raise SetupError(f"{path} has version {version}, this phi3v knows up to {VERSION}; use the newer phi3v")
         if version == 0 or state != "ok":
             raise sqlite3.DatabaseError("empty, damaged or not phi3v's")
         db.execute(f"SELECT {COLUMNS}, hash FROM keys LIMIT 1")
+        return db
     except sqlite3.DatabaseError as error:
-        raise SetupError(
-            f"{path} cannot be read ({error}); restore it from a backup, or move it away and create new keys"
-        ) from None
-    return db
+        remedy = "restore it from a backup, or move it away and create new keys"
+        raise SetupError(f"{path} cannot be read ({error}); {remedy}") from None
 
 
 def _open_window(path: Path, connections: ExitStack) -> sqlite3.Connection:
@@ -305,6 +307,6 @@ def _open_window(path: Path, connections: ExitStack) -> sqlite3.Connection:
         db = _connection(path, connections)
         # A killed process loses nothing without the syncs (the system holds the pages), only a power cut does.
         db.executescript(f"PRAGMA journal_mode = PERSIST; PRAGMA synchronous = OFF; {WINDOW_SCHEMA}")
+        return db
     except (OSError, sqlite3.DatabaseError) as error:
         raise SetupError(f"{path} cannot be used ({error}); delete it: it holds only the last minute") from None
-    return db

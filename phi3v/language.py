@@ -7,6 +7,7 @@ the checkpoint's, so that its tensors load by name.
 import math
 from copy import copy
 from functools import partial
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,9 +27,7 @@ class KVCache:
     def __init__(self, layers: int):
         self.keys: list[mx.array | None] = [None] * layers
         self.values: list[mx.array | None] = [None] * layers
-        self.lengths = [0]
-        self.slots = 1
-        self.capacity = 0
+        self.lengths, self.slots, self.capacity = [0], 1, 0
 
     def reserve(self, columns: int) -> None:
         """Have room for so many columns in every row."""
@@ -38,7 +37,7 @@ class KVCache:
     def append(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write (rows, kv_heads, n, head_dim) behind each row's length; returns the rows as far as any is filled.
 
-        `advance` ends the pass. Rows of different lengths take one column at a time.
+        The lengths are the pass's to change, at its end. Rows of different lengths take one column at a time.
         """
         rows, n = keys.shape[0], keys.shape[2]
         end = max(self.lengths) + n
@@ -51,23 +50,10 @@ class KVCache:
                 store[layer][mx.arange(rows), :, mx.array(self.lengths)] = new[:, :, 0]
         return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
 
-    def advance(self, columns: int) -> None:
-        self.lengths = [length + columns for length in self.lengths]
-
     @property
     def even(self) -> bool:
         """Whether all rows have one length."""
         return min(self.lengths) == max(self.lengths)
-
-    def positions(self) -> mx.array | int:
-        """The position of the next token of each row, as rope takes it."""
-        return self.lengths[0] if self.even else mx.array(self.lengths)
-
-    def mask(self, columns: int) -> mx.array | str | None:
-        """What each of the next `columns` columns may look at; None and "causal" keep the fused kernels."""
-        if self.even:
-            return "causal" if columns > 1 else None
-        return mx.arange(max(self.lengths) + 1) <= mx.array(self.lengths)[:, None, None, None]
 
     def keep(self, rows: list[int]) -> list[int]:
         """Drop all other rows; returns which old row each new one is. Only the rows that fill a gap are moved."""
@@ -150,10 +136,8 @@ class Rope:
 
     def __call__(self, x: mx.array, positions: mx.array | int, long: bool) -> mx.array:
         """Rotate (rows, heads, n, head_dim), halves paired, the first column of each row at its position."""
-        frequencies = self.frequencies[long]
-        return mx.fast.rope(
-            x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=positions, freqs=frequencies
-        )
+        options = {"traditional": False, "base": None, "scale": 1.0}
+        return mx.fast.rope(x, x.shape[-1], offset=positions, freqs=self.frequencies[long], **options)
 
 
 class Part:
@@ -172,8 +156,11 @@ class Part:
         self.fused = columns == 1 and kernel.takes(cache.keys[0])
         if self.fused:
             self.lengths = mx.array(cache.lengths, mx.int32)
+        elif cache.even:  # these keep MLX's fused kernels
+            self.mask, self.positions = "causal" if columns > 1 else None, cache.lengths[0]
         else:
-            self.mask, self.positions = cache.mask(columns), cache.positions()
+            self.positions = mx.array(cache.lengths)
+            self.mask = mx.arange(need) <= self.positions[:, None, None, None]
 
 
 class Attention(nn.Module):
@@ -187,10 +174,8 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, layer: int, parts: list[Part], rows: mx.array | None) -> mx.array:
         x = self.qkv_proj(x)
-        out, start = [], 0
-        for part in parts:
-            out.append(self._attend(x[start : start + part.tokens], layer, part))
-            start += part.tokens
+        shares = mx.split(x, list(accumulate(part.tokens for part in parts[:-1])))
+        out = [self._attend(share, layer, part) for share, part in zip(shares, parts, strict=True)]
         x = mx.concatenate(out) if len(out) > 1 else out[0]
         return self.o_proj(x if rows is None else x[rows])
 
@@ -254,5 +239,5 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, i, parts, rows if layer is self.layers[-1] else None)
         for part in parts:
-            part.cache.advance(part.count)
+            part.cache.lengths = [length + part.count for length in part.cache.lengths]
         return self.norm(x)

@@ -6,22 +6,19 @@ Reads JSON and safetensors only, never code from the folder; knows nothing of re
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from .errors import SetupError
 from .images import Crops
 from .language import LanguageModel, Part
 from .vision import VisionModel
 
-MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
-DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
-DTYPE_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8}
 PATCH_WEIGHT = "model.vision_embed_tokens.img_processor.vision_model.embeddings.patch_embedding.weight"
 # Tensors that checkpoints carry and nothing reads: buffers of old transformers, a fine-tuning's leftovers, and the top
 # of CLIP's tower (the number is the layer's), whose output Phi-3-V does not take.
@@ -81,16 +78,15 @@ class Config:
             if raw.get("model_type") != "phi3_v":
                 raise SetupError(f"{path} says model_type {raw.get('model_type')!r}; phi3v runs 'phi3_v' only")
             scaling = raw.get("rope_scaling") or {}
-            vision = {k: v for k, v in raw["img_processor"].items() if k in VisionConfig.__dataclass_fields__}
-            given = {k: raw[k] for k in cls.__dataclass_fields__ if k in raw}
-            given.setdefault("num_key_value_heads", raw["num_attention_heads"])
             ones = [1.0] * (raw["hidden_size"] // raw["num_attention_heads"] // 2)
-            factors = {k: scaling.get(k, ones) for k in ("short_factor", "long_factor")}
-            config = cls(**given, **factors, vision=VisionConfig(**vision))
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+            given = {"num_key_value_heads": raw["num_attention_heads"], "short_factor": ones, "long_factor": ones}
+            given |= {k: v for k, v in (scaling | raw).items() if k in cls.__dataclass_fields__}
+            vision = {k: v for k, v in raw["img_processor"].items() if k in VisionConfig.__dataclass_fields__}
+            config = cls(**given | {"vision": VisionConfig(**vision)})
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not JSON"
             raise SetupError(f"{folder} is no checkpoint folder: cannot read {path.name}: {reason}") from None
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise SetupError(f"{path} is not a Phi-3-vision configuration: {error}") from None
         config._check(path, scaling.get("type") or scaling.get("rope_type") or "none", raw)
         return config
@@ -122,14 +118,10 @@ class Phi3V(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self._config = config
+        self.config = config
         self.model = LanguageModel(config)
         self.model.vision_embed_tokens = VisionModel(config.vision, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def config(self) -> Config:
-        return self._config
 
     def image_features(self, pictures: list[Crops]) -> list[mx.array]:
         """Each picture's rows as they enter the language model: (crops.tokens, hidden_size)."""
@@ -143,8 +135,7 @@ class Phi3V(nn.Module):
             return text
         rows, start = np.arange(len(ids)), len(ids)
         for k in pictures:
-            here = ids == -k
-            rows[here] = start + slots[here]
+            rows[ids == -k] = start + slots[ids == -k]
             start += len(features[k - 1])
         return mx.concatenate([text, *(features[k - 1] for k in pictures)])[mx.array(rows)]
 
@@ -158,21 +149,16 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
 
     `dtype` None is float32 on a CPU, where shorter floats are slow, and the file's own on a GPU.
     """
-    model = Phi3V(config or Config.read(folder))
-    paths = _weight_files(Path(folder))
-    tensors = [_check_safetensors(path) for path in paths]
-    names = {name: path for path, header in zip(paths, tensors, strict=True) for name in header}
+    model, tensors = Phi3V(config or Config.read(folder)), {}
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = mx.float32
-    _quantize(model, {name: info["shape"] for header in tensors for name, info in header.items()}, folder)
+    for path in _weight_files(Path(folder)):
+        tensors |= _read(path)
+    _quantize(model, tensors, folder)
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
-    _check_names(wanted, names, model.config.vision.layers_used, folder)
-    weights = {}
-    for path in paths:
-        for name, array in mx.load(str(path)).items():
-            if name in wanted:
-                weights[name] = _convert(name, array, wanted[name], dtype, path)
-    model.load_weights(list(weights.items()))
+    _check_names(wanted, tensors, model.config.vision.layers_used, folder)
+    # Popped, so that what is converted is freed once it is.
+    model.load_weights([(name, _convert(name, tensors.pop(name), wanted[name], dtype, folder)) for name in wanted])
     for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
         layer.self_attn.fuse()
     model.eval()
@@ -182,87 +168,65 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
+    paths = sorted(folder.glob("*.safetensors"))
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            paths = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise SetupError(f"{index} is damaged: it has no weight_map") from None
-        outside = [n for n in names if Path(n).name != n]
-        if outside:
-            raise SetupError(f"{index} names {outside[0]!r}, which is not a file of its folder")
-        missing = [n for n in names if not (folder / n).exists()]
-        if missing:
-            raise SetupError(f"{folder} lacks {len(missing)} of {len(names)} weight files, first {missing[0]}")
-        return [folder / n for n in names]
-    paths = sorted(folder.glob("*.safetensors"))
+    for path in paths:
+        if path != folder / path.name:
+            raise SetupError(f"{index} names {str(path)!r}, which is not a file of its folder")
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise SetupError(f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}")
     if not paths:
         raise SetupError(f"{folder} is no checkpoint folder: it has no .safetensors file (phi3v reads no other format)")
     return paths
 
 
-def _check_safetensors(path: Path) -> dict[str, dict]:
-    """The header of a file after checking that it is whole and points nowhere else: name → dtype, shape, offsets."""
+def _read(path: Path) -> dict[str, mx.array]:
+    """The tensors of a file, not evaluated yet."""
     try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > min(MAX_HEADER, size - 8):
-                raise ValueError(f"its header of {length:,} bytes does not fit in {size:,}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        position = 0  # the format allows neither holes nor overlaps
-        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = info["data_offsets"]
-            if begin != position or not begin <= end:
-                raise ValueError(f"{name} lies at {begin}, behind what ends at {position}")
-            if end > size - 8 - length:
-                raise ValueError(f"{name} ends at byte {8 + length + end:,} of {size:,}; the file was cut off")
-            if (end - begin) * 8 != math.prod(info["shape"]) * DTYPE_BITS[info["dtype"]]:
-                raise ValueError(f"{name} has {end - begin} bytes, which its shape and type do not need")
-            position = end
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        reason = error if type(error) is ValueError else "its header is damaged"
-        raise SetupError(f"{path} is not a whole safetensors file: {reason}; copy or download it again") from None
-    return header
+        with safe_open(path, "numpy"):  # checks what MLX does not: that all offsets fit the file, shapes and each other
+            return mx.load(str(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
 
 
-def _quantize(model: Phi3V, shapes: dict[str, list[int]], folder: Path) -> None:
+def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:
     """Quantise exactly the modules that have scales, each with the bits and group size its shapes tell."""
 
     def parameters(path: str, module: nn.Module) -> dict | bool:
-        scales = shapes.get(f"{path}.scales")
+        scales = tensors.get(f"{path}.scales")
         if scales is None or not hasattr(module, "to_quantized"):
             return False
-        if f"{path}.biases" not in shapes:
+        if f"{path}.biases" not in tensors:
             raise SetupError(f"{folder}: {path} is quantised without biases; phi3v reads MLX's affine mode only")
         width = module.weight.shape[-1]
-        return {"bits": 32 * shapes[f"{path}.weight"][-1] // width, "group_size": width // scales[-1]}
+        return {"bits": 32 * tensors[f"{path}.weight"].shape[-1] // width, "group_size": width // scales.shape[-1]}
 
-    if any(name.endswith(".scales") for name in shapes):
+    if any(name.endswith(".scales") for name in tensors):
         try:
             nn.quantize(model, class_predicate=parameters)
         except ValueError as error:
             raise SetupError(f"{folder}: this quantisation is not supported by MLX: {error}") from None
 
 
-def _check_names(wanted: dict[str, mx.array], names: dict[str, Path], layers_used: int, folder: Path) -> None:
-    missing = sorted(wanted.keys() - names.keys())
-    if missing:
+def _check_names(wanted: dict[str, mx.array], tensors: dict[str, mx.array], layers_used: int, folder: Path) -> None:
+    if missing := sorted(wanted.keys() - tensors.keys()):
         raise SetupError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}")
-    unread = ((name, UNREAD.search(name)) for name in names.keys() - wanted.keys())
-    surplus = sorted(name for name, found in unread if not found or (found[1] and int(found[1]) < layers_used))
-    if surplus:
+    unread = ((name, UNREAD.search(name)) for name in tensors.keys() - wanted.keys())
+    if surplus := sorted(name for name, found in unread if not found or (found[1] and int(found[1]) < layers_used)):
         raise SetupError(f"{folder} has {len(surplus)} tensors that Phi-3-vision has no place for, first {surplus[0]}")
 
 
-def _convert(name: str, array: mx.array, like: mx.array, dtype: mx.Dtype | None, path: Path) -> mx.array:
+def _convert(name: str, array: mx.array, like: mx.array, dtype: mx.Dtype | None, folder: Path) -> mx.array:
     if name == PATCH_WEIGHT and array.ndim == 4 and array.shape[-1] != like.shape[-1]:
         array = array.moveaxis(1, -1)  # torch has the channels second, MLX last
     if array.shape != like.shape:
-        raise SetupError(f"{path}: {name} has shape {array.shape}, config.json asks for {like.shape}")
+        raise SetupError(f"{folder}: {name} has shape {array.shape}, config.json asks for {like.shape}")
     floats = mx.issubdtype(array.dtype, mx.floating)
     if floats != mx.issubdtype(like.dtype, mx.floating) or (not floats and array.dtype != like.dtype):
-        raise SetupError(f"{path}: {name} holds {array.dtype}, which is no weight's type here")
+        raise SetupError(f"{folder}: {name} holds {array.dtype}, which is no weight's type here")
     return array.astype(dtype) if dtype is not None and floats else array

@@ -163,9 +163,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._reply(200, {"object": "list", "data": [model]})
         name = self.path.partition("?")[0].removeprefix(MODEL[:-4])
         if name != protocol.MODEL:
-            raise errors.ModelNotFound(
-                f"there is no model {name!r:.100}, only {protocol.MODEL}", "model"
-            )
+            raise errors.ModelNotFound(f"there is no model {name!r:.100}, only {protocol.MODEL}", "model")
         self._reply(200, model)
 
     def completions(self, length: int | None) -> None:

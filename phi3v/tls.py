@@ -1,13 +1,10 @@
 """The certificate on disk and the server's TLS context.
 
-Uses the `openssl` program for what Python's ssl cannot do: make keys and certificates and read their dates.
-Key and certificate are made one after the other and each is moved into place whole; a key without a
-certificate gets one, so that a kill between the two leaves nothing to repair by hand.
+Uses the `openssl` program for what Python's ssl cannot do: make keys and certificates and read their dates. Each is
+moved into place whole, the key first, and a key without certificate gets one: a kill leaves nothing to repair by hand.
 """
 
-import calendar
 import ipaddress
-import os
 import re
 import socket
 import ssl
@@ -20,7 +17,7 @@ from .errors import SetupError
 
 DAYS = 825  # the most that Apple's systems accept from a private issuer
 WARN_SECONDS = 30 * 86400
-ORGANIZATION = "phi3v"  # marks a certificate as ours: only such a one is ever replaced
+OURS = "CN=localhost,O=phi3v"  # subject and issuer of a certificate of ours: only such a one is ever replaced
 OPENSSL_TIMEOUT = 30  # seconds; a P-256 key takes milliseconds
 
 CONFIG = """
@@ -29,7 +26,7 @@ prompt = no
 distinguished_name = name
 x509_extensions = extensions
 [name]
-O = {organization}
+O = phi3v
 CN = localhost
 [extensions]
 basicConstraints = critical, CA:FALSE
@@ -63,9 +60,9 @@ def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "l
     cert, key = Path(certfile).absolute(), Path(keyfile).absolute()
     if cert.exists() and not key.exists():
         raise SetupError(f"{cert} has no key beside it: put its key at {key}, or move the certificate away")
-    notices = []
     if not key.exists():
         _write(key, 0o600, ["ecparam", "-name", "prime256v1", "-genkey", "-noout"])
+    notice = f"made the certificate {cert}, valid for {DAYS} days and {', '.join(host_names(host))}"
     if cert.exists():
         ours, left, names = _inspect(cert)
         name = public_name(host)
@@ -75,14 +72,12 @@ def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "l
             advice = f"delete {cert.name} and {key.name} and start again" if ours else "have one made for it"
             return [f"the certificate {cert} is not valid for {name}, clients will refuse it: {advice}"]
         if not ours or left > 0:
-            state = f"ends in {max(left, 0) / 86400:.0f} days" if left > 0 else "has expired"
+            state = f"ends in {left / 86400:.0f} days" if left > 0 else "has expired"
             advice = f"delete {cert.name} and start again" if ours else "put a new one in its place"
             return [f"the certificate {cert} {state}: {advice}"]
-        notices.append(f"the certificate {cert} had expired and was made anew: clients have to trust it again")
-    else:
-        notices.append(f"made the certificate {cert}, valid for {DAYS} days and {', '.join(host_names(host))}")
+        notice = f"the certificate {cert} had expired and was made anew: clients have to trust it again"
     _make_certificate(cert, key, host_names(host))
-    return notices
+    return [notice]
 
 
 def server_context(certfile: str | Path, keyfile: str | Path) -> ssl.SSLContext:
@@ -97,9 +92,8 @@ def server_context(certfile: str | Path, keyfile: str | Path) -> ssl.SSLContext:
         context.load_cert_chain(certfile, keyfile, password="")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise SetupError(
-            f"cannot use {certfile} with {keyfile}: {reason}; both must be PEM, without a password, and belong together"
-        ) from None
+        advice = "both must be PEM, without a password, and belong together"
+        raise SetupError(f"cannot use {certfile} with {keyfile}: {reason}; {advice}") from None
     return context
 
 
@@ -109,10 +103,11 @@ def fingerprint(certfile: str | Path) -> str:
 
 
 def _make_certificate(cert: Path, key: Path, names: list[str]) -> None:
-    alternatives = ", ".join(("IP:" if _is_address(n) else "DNS:") + n for n in names)
+    address = re.compile(r"([0-9]+\.){3}[0-9]+|.*:.*")
+    alternatives = ", ".join(("IP:" if address.fullmatch(name) else "DNS:") + name for name in names)
     with tempfile.NamedTemporaryFile("w", suffix=".cnf") as config:
         # Our own -config: the system's may be missing or add extensions of its own.
-        config.write(CONFIG.format(organization=ORGANIZATION, names=alternatives))
+        config.write(CONFIG.format(names=alternatives))
         config.flush()
         request = ["req", "-key", str(key), "-new", "-x509", "-sha256", "-days", str(DAYS), "-config", config.name]
         _write(cert, 0o644, [*request, "-passin", "pass:"])  # or openssl would ask for an encrypted key's password
@@ -122,27 +117,22 @@ def _inspect(cert: Path) -> tuple[bool, float, set[str]]:
     """Whether we made this certificate, the seconds until it ends, and the names it is valid for."""
     facts = ["-subject", "-issuer", "-enddate", "-nameopt", "RFC2253", "-text"]
     text = _openssl(["x509", "-in", str(cert), "-noout", *facts])
+    found = {field: value.strip() for field, _, value in (line.partition("=") for line in text.splitlines())}
     names = set(re.findall(r"DNS:([^\s,]+)", text))
     names |= {str(ipaddress.ip_address(address)) for address in re.findall(r"IP Address:([^\s,]+)", text)}
-    found = {field: value.strip() for field, _, value in (line.partition("=") for line in text.splitlines())}
     names = names or set(re.findall(r"CN=([^,]+)", found["subject"]))  # curl still takes such a one
-    end = found["notAfter"].removesuffix(" GMT")
-    left = calendar.timegm(time.strptime(end, "%b %d %H:%M:%S %Y")) - time.time()
-    return found["subject"] == found["issuer"] == f"CN=localhost,O={ORGANIZATION}", left, names
+    left = ssl.cert_time_to_seconds(found["notAfter"]) - time.time()
+    return found["subject"] == found["issuer"] == OURS, left, names
 
 
 def _write(path: Path, mode: int, command: list[str]) -> None:
-    """Run openssl with its output in a temporary file, then move that to `path`."""
+    """Run openssl with its output in a folder of mode 0700, then move that to `path`."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        try:
-            _openssl([*command, "-out", temporary])
-            os.chmod(temporary, mode)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            made = Path(folder, "made")
+            _openssl([*command, "-out", str(made)])
+            made.chmod(mode)
+            made.replace(path)
     except OSError as error:
         raise SetupError(f"cannot write {path}: {error.strerror}") from None
 
@@ -158,10 +148,3 @@ def _openssl(arguments: list[str]) -> str:
         detail = (done.stderr.strip().splitlines() or ["no reason given"])[0]
         raise SetupError(f"openssl {' '.join(arguments[:3])} failed: {detail}")
     return done.stdout
-
-
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False

@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,30 +21,25 @@ class Embeddings(nn.Module):
         self.class_embedding = mx.zeros(config.hidden_size)
         size, patch = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, size, patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, size)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        patches = self._patches(pixels.astype(self.class_embedding.dtype))
-        first = mx.broadcast_to(self.class_embedding, (len(patches), 1, patches.shape[-1]))
-        x = mx.concatenate([first, patches], 1)
-        return x + self.position_embedding(mx.arange(x.shape[1]))
-
-    def _patches(self, pixels: mx.array) -> mx.array:
-        """The convolution, whose windows do not overlap, as one matrix product: (crops, patches, hidden)."""
+        """(crops, channels, side, side) → (crops, 1 + patches, hidden)."""
         crops, channels, side, _ = pixels.shape
         weight = self.patch_embedding.weight  # (hidden, patch, patch, channels)
-        patch = weight.shape[1]
-        x = pixels.reshape(crops, channels, side // patch, patch, side // patch, patch).transpose(0, 2, 4, 3, 5, 1)
-        return x.reshape(crops, (side // patch) ** 2, -1) @ weight.flatten(1).T
+        patch, n = weight.shape[1], side // weight.shape[1]
+        # The windows of the convolution do not overlap: it is one matrix product.
+        x = pixels.astype(weight.dtype).reshape(crops, channels, n, patch, n, patch).transpose(0, 2, 4, 3, 5, 1)
+        x = x.reshape(crops, n * n, -1) @ weight.flatten(1).T
+        first = mx.broadcast_to(self.class_embedding, (crops, 1, x.shape[-1]))
+        return mx.concatenate([first, x], 1) + self.position_embedding(mx.arange(n * n + 1))
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self._heads = config.num_attention_heads
-        dim = config.hidden_size
-        self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self._heads, dim = config.num_attention_heads, config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def fuse(self) -> None:
         """Make one projection of the three, once they are loaded: a wider product is a faster one."""
@@ -58,10 +52,8 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         batch, n, dim = x.shape
-        if "qkv" in self:
-            projected = mx.split(self.qkv(x), 3, axis=-1)
-        else:
-            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        fused = "qkv" in self
+        projected = mx.split(self.qkv(x), 3, -1) if fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (p.reshape(batch, n, self._heads, -1).swapaxes(1, 2) for p in projected)
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=(dim // self._heads) ** -0.5)
         return self.out_proj(out.swapaxes(1, 2).reshape(batch, n, dim))
@@ -74,12 +66,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(_quick_gelu(self.fc1(x)))
-
-
-@partial(mx.compile, shapeless=True)
-def _quick_gelu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(1.702 * x)
+        return self.fc2(nn.gelu_fast_approx(self.fc1(x)))  # "quick_gelu": x · sigmoid(1.702 x)
 
 
 class EncoderLayer(nn.Module):
@@ -130,15 +117,14 @@ class VisionModel(nn.Module):
 
         Returns (image slots, hidden_size) for each; all crops go through the tower together.
         """
-        # With one crop, it and the global view are the same picture.
+        # One crop is its own global view.
         crops = [pixels[:1] if grid == (1, 1) else pixels for pixels, grid in pictures]
         patches = self._look(mx.concatenate(crops))
-        features, start = [], 0
+        features = []
         for (_, grid), own in zip(pictures, crops, strict=True):
-            mine = patches[start : start + len(own)]
-            start += len(own)
+            mine, patches = patches[: len(own)], patches[len(own) :]
             whole = self._merge(mine[:1], 1, 1)
-            x = mx.concatenate([whole if len(own) == 1 else self._merge(mine[1:], *grid), self.glb_GN[0], whole])
+            x = mx.concatenate([self._merge(mine[1:], *grid) if len(own) > 1 else whole, self.glb_GN[0], whole])
             for layer in self.img_projection:  # each for itself: parts of one array would keep each other's memory
                 x = layer(x)
             features.append(x)
@@ -152,8 +138,8 @@ class VisionModel(nn.Module):
         if not hasattr(OWN, "streams"):
             OWN.streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]
         mx.synchronize()  # what may be under way still has the BLAS's threads
+        looked = []
         with _blas_of_one_thread():
-            looked = []
             for i in range(len(pixels)):
                 with mx.stream(OWN.streams[i % len(OWN.streams)]):
                     looked.append(tower(pixels[i : i + 1]))
@@ -162,8 +148,7 @@ class VisionModel(nn.Module):
 
     def _merge(self, patches: mx.array, rows: int, columns: int) -> mx.array:
         """(rows·columns, n², hidden) → (slots, 4·hidden): one map in raster order, 2×2 merged, sub_GN ends each row."""
-        dim = patches.shape[-1]
-        n = round(patches.shape[1] ** 0.5)
+        dim, n = patches.shape[-1], round(patches.shape[1] ** 0.5)
         x = patches.reshape(rows, columns, n, n, dim).swapaxes(1, 2)
         x = x.reshape(rows * n // 2, 2, columns * n // 2, 2, dim).swapaxes(1, 2)
         x = x.reshape(rows * n // 2, columns * n // 2, 4 * dim)

@@ -11,6 +11,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import time
 from binascii import crc32
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -157,6 +158,71 @@ def test_usage_is_added_up_and_the_list_is_in_order_of_creation(store, clock):
     assert usage == [(1.7e9, 1.7e9 + 3, 2, 33, 44), (1.7e9 + 1, 1.7e9 + 4, 1, 0, 0)]
 
 
+def usage(path) -> list[tuple]:
+    """What the file itself says, whatever a store may have in memory."""
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT last_used, requests, prompt_tokens, completion_tokens FROM keys").fetchall()
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_usage_is_written_later_in_one_go_by_itself_and_when_the_store_is_closed(path, clock, monkeypatch):
+    assert keys.FLUSH == 0.5
+    monkeypatch.setattr(keys, "FLUSH", 99)
+    with closing(KeyStore(path, clock=clock)) as store:
+        key, other = store.create("app")[0], store.create("other")[0]
+        for key_ in (key, key, other):
+            store.record(key_, 1, 2)
+        store.delete(other.id)  # reading writes; and what was recorded for it is gone with it
+        assert usage(path) == [(1.7e9, 2, 2, 4)]
+        store.record(other, 1, 2)
+        store.record(key, 1, 2)
+        assert usage(path) == [(1.7e9, 2, 2, 4)]
+    assert usage(path) == [(1.7e9, 3, 3, 6)]
+    monkeypatch.setattr(keys, "FLUSH", 0.01)
+    with closing(KeyStore(path, clock=clock)) as store:
+        for requests in (4, 5):
+            store.record(key, 1, 2)
+            until(lambda requests=requests: usage(path) == [(1.7e9, requests, requests, 2 * requests)])
+
+
+def test_usage_that_cannot_be_written_is_kept_and_tried_again_and_no_request_notices(path, clock, monkeypatch, caplog):
+    monkeypatch.setattr(keys, "BUSY_TIMEOUT", 0)
+    monkeypatch.setattr(keys, "FLUSH", 0.01)
+    with closing(KeyStore(path, clock=clock)) as store:
+        key = store.create("app")[0]
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            store.record(key, 1, 2)
+            until(lambda: caplog.text.count("cannot be used now") >= 2)
+            store.record(key, 10, 20)
+        until(lambda: usage(path) == [(1.7e9, 2, 11, 22)])
+        path.unlink()
+        store.record(key, 1, 2)
+    assert not path.exists()  # closed all the same
+
+
+def test_no_use_is_lost_or_counted_twice_while_others_record_and_read(path, clock, monkeypatch):
+    monkeypatch.setattr(keys, "FLUSH", 0.001)
+    with closing(KeyStore(path, clock=clock)) as store, ThreadPoolExecutor(8) as pool:
+        key = store.create("app")[0]
+
+        def use(_) -> None:
+            for _ in range(200):
+                store.record(key, 1, 2)
+
+        working = pool.map(use, range(8))
+        seen = [store.list()[0].requests for _ in range(50)]
+        list(working)
+        assert seen == sorted(seen) and [k.requests for k in store.list()] == [1600]
+    assert usage(path) == [(1.7e9, 1600, 1600, 3200)]
+
+
 def test_names_that_could_spoil_a_table_and_limits_out_of_range_are_refused(store):
     key, secret = store.create("ü" * 100, 1_000_000)
     wrong_name = "a key's name has 1 to 100 printable characters, not '[ -~]*'"
@@ -220,6 +286,18 @@ def test_an_accepted_request_says_what_is_left_and_two_keys_do_not_share(store, 
     }
 
 
+def test_an_allowance_may_be_asked_for_without_counting(store, clock):
+    key = store.create("app", 2)[0]
+    assert store.take(key, count=False) == Allowance(2, 2, 0)
+    store.take(key)
+    clock.now += 20
+    assert store.take(key, count=False) == store.take(key, count=False) == Allowance(2, 1, 40)
+    assert store.take(key) == Allowance(2, 0, 40)
+    assert store.take(key, count=False) == Allowance(2, 0, 40)
+    assert store.take(dataclasses.replace(key, rate_limit=1), count=False) == Allowance(1, 0, 60)
+    assert wait(store, key) == 40
+
+
 def test_a_restart_and_a_kill_keep_the_window_which_may_be_deleted(store, path, clock):
     key, secret = store.create("app", 3)
     store.take(key)
@@ -276,7 +354,7 @@ for i in range(60):
     try: s.take(key)
     except RateLimited: continue
     s.record(key, 1); n += 1
-KeyStore(sys.argv[1] + "-new").create("one more"); print(n)
+s.close(); KeyStore(sys.argv[1] + "-new").create("one more"); print(n)
 """
 
 
@@ -334,7 +412,7 @@ def test_a_damaged_database_does_not_start_and_while_serving_lets_nobody_in_unti
     overwrite(path, bad)
     for _ in range(2):
         refused(rf"{path} cannot be read \(.+\); {ADVICE}", KeyStore, path)
-        for action, argument in ((store.verify, secret), (store.create, "b"), (store.record, key)):
+        for action, argument in ((store.verify, secret), (store.create, "b"), (store.take, key)):
             unavailable(action, argument)
     assert path.read_bytes() == bad  # left for whoever mends it
     overwrite(path, good)
@@ -384,8 +462,7 @@ def test_a_file_that_another_process_has_locked_lets_nobody_in_until_it_is_free(
         store.take(key)
         with closing(sqlite3.connect(f"{path}{side}", isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
-            for action in [store.take] if side else [store.verify, store.record]:
-                unavailable(action, key if action != store.verify else secret)
+            unavailable(*((store.take, key) if side else (store.verify, secret)))
         assert store.verify(secret) == key and accepted(store, key, 9) == 1
 
 

@@ -24,7 +24,7 @@ MLX = {"kernel", "language", "vision", "cache", "sampling", "sequences", "model"
 # Inside functions only: so that `list` needs none of it, and a hub id is the only thing that waits for mlx-lm.
 LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "mlx_lm"), ("llm", "__init__"), ("__main__", "server")}
 LAZY |= {("__main__", "protocol"), ("__main__", "__init__"), ("__init__", "errors")}
-OUTSIDE = {"mlx", "mlx_lm", "numpy", "PIL", "tokenizers"}
+OUTSIDE = {"mlx", "mlx_lm", "numpy", "PIL", "safetensors", "tokenizers"}
 
 
 def tree(module: str) -> ast.Module:

@@ -146,13 +146,29 @@ def test_a_configuration_of_another_model_is_told(folder, changes, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"data_offsets": [0, 256]}, "behind what ends at"),  # a second tensor on another's bytes
+        (
+            {"data_offsets": [0, 256]},
+            "not a whole safetensors file: Error while deserializing header: invalid offset",
+        ),  # a second tensor on another's bytes
         ({"dtype": "I32"}, "model.norm.weight holds mlx.core.int32"),
     ],
 )
 def test_tensors_may_neither_overlap_nor_have_another_kind_of_number(folder, change, message):
     edit_header(folder, **change)
     assert message in refusal(folder)
+
+
+def test_numbers_that_mlx_does_not_read_are_told(folder):
+    header = json.dumps({"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert "unsupported dtype F64; copy or download it again" in refusal(folder)
+
+
+def test_eight_bit_floats_may_lie_in_a_file_that_is_whole(folder):
+    """Only shapes and types are looked at before the names are: it is the tensor that is foreign, not the file."""
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    (folder / "extra.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert "1 tensors that Phi-3-vision has no place for, first a" in refusal(folder)
 
 
 def test_a_folder_that_is_no_checkpoint_is_told(tmp_path):

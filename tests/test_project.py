@@ -34,7 +34,7 @@ def test_readme_and_command_line_name_the_same_commands_and_options():
 
 def test_run_time_dependencies_are_those_of_the_card_and_nothing_more():
     names = sorted(re.match(r"[\w-]+", need)[0] for need in PROJECT["dependencies"])
-    assert names == ["mlx", "mlx-lm", "numpy", "pillow", "tokenizers", "transformers"]
+    assert names == ["mlx", "mlx-lm", "numpy", "pillow", "safetensors", "tokenizers", "transformers"]
     assert PROJECT["requires-python"] == ">=3.12.3"
     assert PROJECT["optional-dependencies"] == {e: [f"mlx[{e}]"] for e in ("cpu", "cuda12", "cuda13")}
 

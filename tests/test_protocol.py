@@ -7,7 +7,7 @@ import pytest
 
 from phi3v import protocol
 from phi3v.errors import RequestError
-from phi3v.request import Chat, Delta, Picture, Request, SamplingParams
+from phi3v.request import Chat, Delta, Picture, Request, SamplingParams, TokenLogprob
 
 DEEP = "the body is nested deeper than 32 levels"
 NUMBER = "the body holds a number that is none, or too long"
@@ -283,3 +283,275 @@ def test_a_request_has_at_most_32_pictures_in_all():
 def test_the_default_of_max_tokens_keeps_to_a_smaller_limit_of_the_server():
     assert protocol.parse_completion({"prompt": "x"}, 100).params.max_tokens == 100
     assert protocol.parse_completion({"prompt": "x"}, 1024).params.max_tokens is None
+
+
+def chat(*messages: tuple[str, list[str | int]], pictures: list[Picture] = (), **params) -> Request:
+    return Request([Chat(list(messages), list(pictures))], SamplingParams(**{"max_tokens": 1024} | params), True)
+
+
+def user(content, **more) -> dict:
+    return {"messages": [{"role": "user", "content": content}], **more}
+
+
+TEXT = {"type": "text", "text": "hi"}
+URL_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,YWJj"}}
+BARE = {"type": "image_url", "image_url": "YWJj", "detail": "low"}
+INPUT = {"type": "input_image", "image_url": "data:image/png;base64,YWJj", "detail": "high"}
+LOW = {"type": "image_url", "image_url": {"url": "YWJj", "detail": "low"}}
+
+
+def pictures(*where: str, crops: int | None = None) -> list[Picture]:
+    return [Picture(b"abc", place, crops) for place in where]
+
+
+@pytest.mark.parametrize(
+    ("body", "request_"),
+    [
+        (user("hi"), chat(("user", ["hi"]))),
+        (user("<|image_1|> <|end|>"), chat(("user", ["<|image_1|> <|end|>"]))),  # typed into chat, it is text
+        (user(""), chat(("user", []))),
+        (user([TEXT]), chat(("user", ["hi"]))),
+        (user([TEXT, TEXT]), chat(("user", ["hi", "\n", "hi"]))),
+        (user([{"type": "text", "text": ""}, TEXT]), chat(("user", ["", "\n", "hi"]))),
+        (user([URL_PART, TEXT]), chat(("user", [-1, "\n", "hi"]), pictures=pictures("messages[0].content[0]"))),
+        (user([TEXT, INPUT]), chat(("user", ["hi", -1, "\n"]), pictures=pictures("messages[0].content[1]"))),
+        (user([LOW]), chat(("user", [-1, "\n"]), pictures=pictures("messages[0].content[0]", crops=1))),
+        (user([BARE]), chat(("user", [-1, "\n"]), pictures=pictures("messages[0].content[0]", crops=1))),
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "Be kind."},
+                    {"role": "user", "content": [TEXT, URL_PART]},
+                    {"role": "user", "content": "and", "name": "Ann"},
+                    {"role": "assistant", "content": None, "tool_calls": []},
+                    {"role": "tool", "content": [URL_PART, TEXT], "tool_call_id": "x"},
+                    {"role": "assistant", "content": "It"},
+                ]
+            },
+            chat(
+                ("system", ["Be kind."]),
+                ("user", ["hi", -1, "\n"]),
+                ("user", ["and"]),
+                ("assistant", []),
+                ("user", [-2, "\n", "hi"]),
+                ("assistant", ["It"]),
+                pictures=pictures("messages[1].content[1]", "messages[4].content[0]"),
+            ),
+        ),
+        (user("a", max_tokens=3000), chat(("user", ["a"]))),
+        (user("a", max_tokens=9), chat(("user", ["a"]), max_tokens=9)),
+        (user("a", max_completion_tokens=8, max_tokens=None), chat(("user", ["a"]), max_tokens=8)),
+        (user("a", max_completion_tokens=10**9, max_tokens=7), chat(("user", ["a"]), max_tokens=7)),
+        (user("a", logprobs=True), chat(("user", ["a"]), logprobs=0)),
+        (user("a", logprobs=True, top_logprobs=20), chat(("user", ["a"]), logprobs=20)),
+        (user("a", logprobs=False, top_logprobs=None), chat(("user", ["a"]))),
+        (user("a", user="b", store=True, metadata={"a": "b"}, tools=[{"type": "function"}]), chat(("user", ["a"]))),
+        (user("a", tool_choice="auto", logit_bias={}, response_format={"type": "text"}), chat(("user", ["a"]))),
+        (user("a", presence_penalty=1, choices=["b"]), chat(("user", ["a"]), presence_penalty=1, choices=("b",))),
+        (user("a", model="gpt-4o", parallel_tool_calls=True, stream_options=None), chat(("user", ["a"]))),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_a_conversation_is_read_as_it_was_meant(body, request_):
+    assert protocol.parse_chat(body, 1024) == request_
+
+
+ROLES = "must be one of system, developer, user, tool, assistant, not"
+TYPES = "type must be one of text, image_url, input_image, not"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "messages", "messages must be a list of 1 to 256, not null"),
+        ({"messages": []}, "messages", "messages must be a list of 1 to 256, not 0"),
+        ({"messages": [{}] * 257}, "messages", "messages must be a list of 1 to 256, not 257"),
+        ({"messages": ["a"]}, "messages[0]", "messages[0] must be an object, not a string"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role", f"messages[0].role {ROLES} null"),
+        ({"messages": [{"role": "bot"}]}, "messages[0].role", f'messages[0].role {ROLES} "bot"'),
+        ({"messages": [{"role": ["user"]}]}, "messages[0].role", f"messages[0].role {ROLES} a list"),
+        (user(None), "messages[0].content", "messages[0].content must be a string or a list of parts, not null"),
+        (user([]), "messages[0].content", "messages[0].content must be a string or a list of parts, not a list"),
+        (user("\ud800"), "messages[0].content", "messages[0].content holds half a surrogate pair (\\ud800 to \\udfff)"),
+        (user(["a"]), "messages[0].content[0]", "messages[0].content[0] must be an object, not a string"),
+        (user([{}]), "messages[0].content[0].type", f"messages[0].content[0].{TYPES} null"),
+        (
+            user([TEXT, {"type": "audio"}]),
+            "messages[0].content[1].type",
+            f'messages[0].content[1].{TYPES} "audio"',
+        ),
+        (user([{"type": "text"}]), "messages[0].content[0]", "messages[0].content[0] must be a string, not null"),
+        (
+            user([TEXT, {"type": "image_url", "image_url": {}}]),
+            "messages[0].content[1]",
+            "messages[0].content[1] must be a data: URL or base64, not null",
+        ),
+        (
+            user([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]),
+            "messages[0].content[0]",
+            "pictures are not fetched from https://…: send a data: URL or base64",
+        ),
+        (
+            user([URL_PART | {"image_url": {"url": "YQ==", "detail": "fine"}}]),
+            "messages[0].content[0].detail",
+            'messages[0].content[0].detail must be one of auto, low, high, not "fine"',
+        ),
+        (user([URL_PART] * 17), "messages", "messages has 17 pictures, at most 16 are allowed"),
+        (user("a", max_tokens=0), "max_tokens", "max_tokens must be a whole number of at least 1, not 0"),
+        (user("a", logprobs=1), "logprobs", "logprobs must be true or false, not a number"),
+        (user("a", top_logprobs=5), "top_logprobs", "top_logprobs needs logprobs to be true"),
+        (
+            user("a", logprobs=True, top_logprobs=21),
+            "top_logprobs",
+            "top_logprobs must be a whole number from 0 to 20, not 21",
+        ),
+        (
+            user("a", response_format={"type": "json_object"}),
+            "response_format",
+            'response_format is not supported with this value: leave it out or {"type": "text"}',
+        ),
+        (
+            user("a", tool_choice="required"),
+            "tool_choice",
+            'tool_choice is not supported with this value: leave it out or "none" or "auto"',
+        ),
+        (
+            user("a", logit_bias={"5": 1}),
+            "logit_bias",
+            "logit_bias is not supported with this value: leave it out or {}",
+        ),
+        (user("a", temperature=3), "temperature", "temperature must be a number from 0 to 2, not 3"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_a_bad_conversation_is_refused_and_the_message_says_what_is_allowed(body, param, message):
+    with pytest.raises(RequestError) as caught:
+        protocol.parse_chat(body, 1024)
+    assert (caught.value.param, caught.value.message) == (param, message)
+
+
+def test_more_than_32_answers_are_refused_however_they_are_asked_for():
+    assert protocol.parse_completion({"prompt": ["a"] * 4, "n": 8}, 1024).params.n == 8
+    refused({"prompt": ["a"] * 5, "n": 7}, "n", "5 prompts with n 7 are over 32 answers")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, (False, False)),
+        ({"stream": None, "stream_options": None}, (False, False)),
+        ({"stream": True, "stream_options": {}}, (True, False)),
+        ({"stream": True, "stream_options": {"include_usage": True}}, (True, True)),
+    ],
+)
+def test_a_stream_is_made_when_it_is_asked_for(body, expected):
+    assert protocol.streaming(body) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stream": 1}, "stream"),
+        ({"stream": "true"}, "stream"),
+        ({"stream_options": [1]}, "stream_options"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ],
+)
+def test_a_bad_wish_for_a_stream_is_refused(body, param):
+    with pytest.raises(RequestError) as caught:
+        protocol.streaming(body)
+    assert caught.value.param == param
+
+
+ENTRY = TokenLogprob("é".encode(), -0.5, [("é".encode(), -0.5), (b"\xc3", float("-inf"))])
+DELTAS = [
+    Delta(1, "b", None, 7, 1),
+    None,
+    Delta(0, "a", None, 5, 1, 2, [ENTRY]),
+    Delta(1, "", "length", 7, 2),
+    Delta(0, "é", "stop", 5, 2, 2, [ENTRY]),
+]
+
+
+def events(is_chat: bool, deltas: list, usage: bool = False, **counts) -> list:
+    """The events of an answer, each as what a client's parser makes of it."""
+    raw = b"".join(protocol.Answer(is_chat, "demo-1", **counts).events(iter(deltas), usage)).decode()
+    assert raw.endswith("\n\n") and "\r" not in raw
+    blocks = raw[:-2].split("\n\n")
+    assert all(block.startswith((": ", "data: ")) and "\n" not in block for block in blocks)
+    return [b if b.startswith(":") or b == "data: [DONE]" else json.loads(b.removeprefix("data: ")) for b in blocks]
+
+
+def test_a_chat_stream_has_its_chunks_in_the_order_that_clients_need():
+    """Without a role in the first delta, an index or a reason at the end a client breaks: found by leaving each out."""
+    first, *chunks, last, done = events(True, DELTAS, usage=True, prompts=2)
+    assert (first, done, chunks.index(": keep-alive")) == (": keep-alive", "data: [DONE]", 3)
+    chunks.remove(": keep-alive")
+    heads = {(c["id"], c["object"], c["created"], c["model"], c["system_fingerprint"]) for c in [*chunks, last]}
+    ((name, kind, created, *rest),) = heads
+    assert name.startswith("chatcmpl-") and created > 1.7e9
+    assert [kind, *rest] == ["chat.completion.chunk", "phi-3-vision", "demo-1"]
+    assert all(set(chunk["choices"][0]) == {"index", "delta", "logprobs", "finish_reason"} for chunk in chunks)
+    seen = [(c["choices"][0]["index"], c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks]
+    opened = {"role": "assistant", "content": ""}
+    assert seen == [
+        (0, opened, None),
+        (1, opened, None),
+        (1, {"content": "b"}, None),
+        (0, {"content": "a"}, None),
+        (1, {}, "length"),
+        (0, {"content": "é"}, None),
+        (0, {}, "stop"),
+    ]
+    assert last["choices"] == [] and last["usage"]["total_tokens"] == 16
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    one = {"token": "é", "logprob": -0.5, "bytes": [195, 169]}
+    other = {"token": "bytes:\\xc3", "logprob": -9999.0, "bytes": [195]}
+    assert chunks[5]["choices"][0]["logprobs"] == {"content": [one | {"top_logprobs": [one, other]}], "refusal": None}
+
+
+def test_a_text_stream_carries_the_reason_in_its_last_chunks_and_offsets_in_characters():
+    first, *chunks, done = events(False, DELTAS, prompts=2)
+    assert (first, done) == (": keep-alive", "data: [DONE]")
+    chunks.remove(": keep-alive")
+    choices = [chunk["choices"][0] for chunk in chunks]
+    seen = [(choice["index"], choice["text"], choice["finish_reason"]) for choice in choices]
+    assert seen == [(1, "b", None), (0, "a", None), (1, "", "length"), (0, "é", "stop")]
+    assert [choices[k]["logprobs"]["text_offset"] for k in (1, 3)] == [[0], [1]]
+    assert choices[1]["logprobs"] == {
+        "tokens": ["é"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"é": -0.5, "bytes:\\xc3": -9999.0}],
+        "text_offset": [0],
+    }
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"} and "responses" not in chunks[0]
+
+
+def test_a_chat_answer_has_what_clients_break_without():
+    reply = protocol.Answer(True, "demo-1", prompts=2).whole(delta for delta in DELTAS if delta)
+    assert reply["object"] == "chat.completion" and "responses" not in reply and reply["usage"]["total_tokens"] == 16
+    choice = reply["choices"][1]
+    assert choice == {
+        "index": 1,
+        "message": {"role": "assistant", "content": "b", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+    assert [entry["token"] for entry in reply["choices"][0]["logprobs"]["content"]] == ["é", "é"]
+
+
+def test_a_prompt_that_is_answered_n_times_is_counted_once():
+    deltas = [Delta(k, "a", "stop", 10, 3, 4) for k in range(4)]
+    answer = protocol.Answer(True, "demo-1", prompts=2, n=2)
+    assert answer.whole(deltas)["usage"]["total_tokens"] == 32
+    assert answer.counts == {"prompt_tokens": 20, "completion_tokens": 12, "cached_tokens": 8}
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_the_scores_of_choices_are_in_the_answer_and_in_its_stream(is_chat):
+    scores = {"cat": 0.75, "dog": 0.25}
+    delta = Delta(0, "cat", "stop", 9, 1, scores=scores)
+    choice = protocol.Answer(is_chat, "demo-1").whole([delta])["choices"][0]
+    assert (choice["logprobs"]["scores"], choice["finish_reason"]) == (scores, "stop")
+    chunks = [event["choices"][0] for event in events(is_chat, [delta]) if isinstance(event, dict)]
+    assert [chunk["logprobs"]["scores"] for chunk in chunks if chunk["logprobs"]] == [scores]
