@@ -37,6 +37,7 @@ class FakeLLM:
         self.refuses = self.breaks = None  # what `answer` and what its iterator raises
         self.gate, self.started, self.left = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
+        self.silent = self.patience = 0  # so many patiences pass before the first delta
 
     def answer(self, request, owner, patience):
         self.requests.append(request)
@@ -44,6 +45,9 @@ class FakeLLM:
         if self.refuses:
             raise self.refuses
         return self
+
+    def stats(self):
+        return {"running": 3, "waiting": 2, "cache_bytes": 1000}
 
     def __enter__(self):
         return self._pieces([chat.messages[-1][1][0] for chat in self.requests[-1].chats])
@@ -53,9 +57,10 @@ class FakeLLM:
 
     def _pieces(self, prompts):
         self.started.set()
+        yield from [None] * (self.silent if self.patience else 0)
         assert self.gate.wait(30)
         for i in reversed(range(len(prompts))):
-            yield Delta(i, prompts[i][:0:-1])
+            yield Delta(i, prompts[i][:0:-1], None, len(prompts[i]), 1)
             if self.breaks:
                 raise self.breaks
             yield Delta(i, prompts[i][0], "stop", len(prompts[i]), 2)
@@ -573,3 +578,171 @@ def test_usage_that_cannot_be_written_does_not_cost_the_answer(site, monkeypatch
 def test_a_key_that_was_put_into_the_path_is_not_logged(site):
     site.post(request=f"GET /{site.secret}", body=b"").refusal(404)
     assert 'path="/phi3v_…"' in site.line()
+
+
+def chat(text: str = "Hello", **more) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": text}]} | more).encode()
+
+
+CHAT = "POST /v1/chat/completions"
+
+
+def streamed(client: Client) -> tuple[Reply, list[bytes]]:
+    """The head of a reply in chunks, and the chunks."""
+    reply, chunks = client.reply(body=False), []
+    while size := int(client.file.readline(), 16):
+        chunks.append(client.file.read(size))
+        assert client.file.readline() == b"\r\n"
+    assert client.file.readline() == b"\r\n"
+    return reply, chunks
+
+
+def test_a_chat_is_answered_in_the_shape_of_its_route(site):
+    reply = site.post(chat("abc", max_tokens=5000, temperature=0.5), CHAT)
+    body = json.loads(reply.body)
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "cba", "refusal": None}
+    assert (body["object"], body["usage"]["total_tokens"], reply.headers["X-RateLimit-Remaining"]) == (
+        "chat.completion",
+        5,
+        "999",
+    )
+    (request,) = site.llm.requests
+    assert (request.params.max_tokens, request.params.temperature, request.clamp) == (1024, 0.5, True)
+    assert (site.llm.owner, site.llm.patience) == (site.key.id, None)
+
+
+def test_a_stream_comes_event_by_event_and_the_connection_stays_usable(site):
+    client = site.connect()
+    for _ in range(2):
+        site.llm.silent = 2
+        head, chunks = streamed(client.send(site.http(chat("abc", stream=True), CHAT, X_Request_Id="s-1")))
+        assert (head.status, head.headers["X-Request-Id"]) == (200, "s-1")
+        names = ("Content-Type", "Cache-Control", "X-Accel-Buffering", "Content-Length", "Connection")
+        assert [head.headers[name] for name in names] == ["text/event-stream", "no-cache", "no", None, None]
+        assert head.headers["X-RateLimit-Limit"] == "1000"
+        kinds = [chunk[:6] for chunk in chunks]  # opened, silent twice, two texts, an end
+        assert kinds == [b": keep", b"data: ", b": keep", b": keep", *[b"data: "] * 4]
+        assert chunks[-1] == b"data: [DONE]\n\n"
+        texts = [json.loads(chunk[6:])["choices"][0]["delta"].get("content", "") for chunk in chunks[4:-1]]
+        assert "".join(texts) == "cba"
+    assert site.llm.patience == 10
+    assert client.send(site.http()).reply().status == 200
+    assert " status=200 " in site.line()
+
+
+def test_the_first_bytes_of_a_stream_come_before_the_first_token(site):
+    site.llm.gate.clear()
+    client = site.connect().send(site.http(b'{"prompt": "ab", "stream": true}'))
+    head = client.reply(body=False)
+    assert (head.status, client.file.read(17)) == (200, b"e\r\n: keep-alive\n\n")
+    site.llm.gate.set()
+
+
+def test_usage_comes_at_the_end_of_a_stream_if_it_is_asked_for(site):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    _, chunks = streamed(site.connect().send(site.http(chat("abc", **options), CHAT)))
+    last = json.loads(chunks[-2][6:])
+    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 5)
+    _, chunks = streamed(site.connect().send(site.http(json.dumps({"prompt": ["ab", "c"], **options}).encode())))
+    assert json.loads(chunks[-2][6:])["usage"]["total_tokens"] == 7
+    assert site.keys.find(site.key.id).completion_tokens == 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("breaks", "status", "message"),
+    [
+        (RuntimeError("detail at 0x7f00"), 500, "internal error; the server's log has it under request s-5"),
+        (Unavailable("the model is draining"), 503, "the model is draining; try again in 5 s"),
+    ],
+)
+def test_what_fails_after_the_200_is_the_streams_last_event(site, breaks, status, message):
+    site.llm.breaks = breaks
+    client = site.connect()
+    head, chunks = streamed(client.send(site.http(chat(stream=True), CHAT, X_Request_Id="s-5")))
+    error = json.loads(chunks[-1].removeprefix(b"data: "))["error"]
+    assert (head.status, error["code"], error["message"]) == (200, str(status), message)
+    site.llm.breaks = None
+    assert client.send(site.http()).reply().status == 200
+    if status == 500:
+        assert "detail at 0x7f00" in site.line()
+    assert f" status={status} " in site.line()
+
+
+def test_what_is_refused_before_the_first_event_is_an_ordinary_error(site):
+    for body, param in ((chat(stream=True, temperature=5), "temperature"), (chat(stream=5), "stream")):
+        site.post(body, CHAT).refusal(400, param)
+    site.llm.refuses = Unavailable("the queue is full")
+    site.post(chat(stream=True), CHAT).refusal(503)
+
+
+def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(site):
+    data = site.http(chat("ab", stream=True), CHAT).replace(b"HTTP/1.1", b"HTTP/1.0")
+    client = site.connect().send(data)
+    head = client.reply(body=False)
+    assert (head.headers["Transfer-Encoding"], head.headers["Connection"]) == (None, "close")
+    assert client.file.readall().endswith(b"data: [DONE]\n\n")
+
+
+def test_a_client_that_leaves_a_stream_cancels_it_and_is_no_error(site):
+    site.llm.gate.clear()
+    client = site.connect().send(site.http(chat("a" * 5, stream=True), CHAT))
+    client.reply(body=False)
+    client.close(reset=True)
+    site.llm.gate.set()
+    assert site.llm.left.wait(30)
+    assert re.search(" status=(499|200) ", site.line())
+
+
+def test_each_route_has_its_own_largest_body(site):
+    large = chat("a" * 3_000_000)
+    assert site.post(large, CHAT).status == 200
+    site.post(large).refusal(413)
+    site.server.max_chat_content_length = 1000
+    assert "at most 1,000 are allowed" in site.post(large, CHAT).refusal(413)
+
+
+def test_the_one_model_is_listed_under_its_documented_name(site):
+    listed = json.loads(site.post(b"", "GET /v1/models").body)
+    (model,) = listed["data"]
+    assert (listed["object"], model["id"], model["object"]) == ("list", "phi-3-vision", "model")
+    assert json.loads(site.post(b"", "GET /v1/models/phi-3-vision?x=y").body) == model
+    reply = site.post(b"", "GET /v1/models/gpt-4o")
+    error = json.loads(reply.body)["error"]
+    assert (reply.status, error["code"], error["type"]) == (404, "404", "model_not_found")
+    assert reply.headers["X-RateLimit-Remaining"] == "1000"  # what is only looked at does not count
+    site.post(b"", "POST /v1/models/phi-3-vision").refusal(405)
+
+
+def sample_of(text: str, name: str) -> float:
+    return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M)[1])
+
+
+def test_metrics_are_totals_that_prometheus_reads_and_name_no_key(site):
+    assert (site.post(b'{"prompt": ["abc", "de"]}').status, site.post(b"{}").status) == (200, 400)
+    streamed(site.connect().send(site.http(chat("abc", stream=True), CHAT)))
+    site.post(request="GET /nowhere", body=b"")
+    site.post(X_API_Key="wrong")
+    reply = site.post(b"", "GET /metrics")
+    text = reply.body.decode()
+    assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    for name, value in {
+        'requests_total{route="/v1/completions",status="200"}': 1,
+        'requests_total{route="/v1/completions",status="400"}': 1,
+        'requests_total{route="/v1/chat/completions",status="200"}': 1,
+        'requests_total{route="other",status="404"}': 1,
+        'refusals_total{type="permission_error"}': 1,
+        "prompt_tokens_total": 8,
+        "completion_tokens_total": 6,
+        "running_sequences": 3,
+        "waiting_sequences": 2,
+        "cache_bytes": 1000,
+        "time_to_first_token_seconds_count": 3,
+        'time_to_first_token_seconds_bucket{le="+Inf"}': 3,
+        "inter_token_latency_seconds_count": 3,
+    }.items():
+        assert sample_of(text, "phi3v_" + name) == value
+    assert site.key.id not in text and site.secret[:12] not in text and "test" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r'phi3v_\w+(\{(\w+="[^"\\]*",?)+\})? [0-9.e+-]+', line) for line in lines)
+    counts = [float(line.split()[1]) for line in lines if "first_token_seconds_bucket" in line]
+    assert counts == sorted(counts)
