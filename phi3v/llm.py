@@ -128,7 +128,8 @@ class LLM:
             if request.params.choices:
                 prompts += self._choices(chat, crops, request, owner)
                 continue
-            ids = self._encode(chat, crops)
+            parts, slots = self.tokenizer.chat(chat.messages), [c.tokens for c in crops]
+            ids = self.tokenizer.encode(parts, slots, self._context())
             most = self._room(len(ids), request)
             goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
             for branch in range(request.params.n):
@@ -151,20 +152,19 @@ class LLM:
         except RequestError as error:
             raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
 
-    def _encode(self, chat: Chat, crops: list[images.Crops], choice: str = "") -> list[int]:
-        parts = self.tokenizer.chat(chat.messages) + [choice] * bool(choice)
-        return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
-
     def _choices(self, chat: Chat, crops: list[images.Crops], request: Request, owner: str) -> list[Prompt]:
         """A prompt for each choice; its targets are what it adds to the beginning that all share, and the end."""
-        encoded = [self._encode(chat, crops, choice) for choice in request.params.choices]
-        shared = min(shared_length(np.array(encoded[0]), np.array(ids)) for ids in encoded)
-        end = self.tokenizer.special["<|end|>"]
-        prompts = []
-        for ids in encoded:
-            self._room(len(ids), request)
-            prompts.append(Prompt(ids, crops, 1, owner=owner, params=request.params, targets=(*ids[shared:], end)))
-        return prompts
+        parts, slots = self.tokenizer.chat(chat.messages), [c.tokens for c in crops]
+        turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)
+        ids = self.tokenizer.encode(parts[: turn + 1], slots, self._context())
+        ends = []
+        for choice in request.params.choices:  # only the last turn is encoded again, since a choice may go on in it
+            ends.append(self.tokenizer.encode([*parts[turn:], choice], slots, self._context())[2:])
+            self._room(len(ids) + len(ends[-1]), request)
+        shared = min(shared_length(np.array(ends[0]), np.array(end)) for end in ends)
+        last = (self.tokenizer.special["<|end|>"],)
+        rest = {"owner": owner, "params": request.params}
+        return [Prompt(ids + end, crops, 1, targets=(*end[shared:], *last), **rest) for end in ends]
 
     def _context(self) -> int:
         """The most tokens of a prompt and its answer: what the model takes, and this machine's memory."""
@@ -175,7 +175,8 @@ class LLM:
         context, asked = self._context(), request.params.max_tokens
         room = context - prompt_tokens
         if room < 1:
-            raise RequestError(f"the prompt has {prompt_tokens} tokens, the context {context}: shorten it", "prompt")
+            param = "messages" if request.clamp else "prompt"
+            raise RequestError(f"the prompt has {prompt_tokens} tokens, the context {context}: shorten it", param)
         if asked is not None and asked > room and not request.clamp:
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}: more than the context of {context}",

@@ -47,6 +47,7 @@ class Tokenizer:
         self.bos = self.special["<s>"]
         self.end_ids = frozenset(self.special[t] for t in END_TOKENS if t in self.special)
         self.largest_id = max(0, *vocabulary.values(), *self.special.values())
+        self._longest = max(map(len, vocabulary), default=0)
         self._bytes = {i: _token_bytes(token) for token, i in vocabulary.items()}
         self._bytes |= {i: b"" for i in self.special.values()}
 
@@ -62,7 +63,7 @@ class Tokenizer:
         return parts[:-2] if opened else [*parts, self.special["<|assistant|>"], "\n"]
 
     def encode(self, parts: Parts, slots: list[int], most: int) -> list[int]:
-        """Token ids, with −k repeated `slots[k-1]` times for picture k; RequestError when pictures take over `most`.
+        """Token ids, with −k repeated `slots[k-1]` times for picture k; RequestError when they cannot fit in `most`.
 
         As the reference does it, the text before, between and after pictures is encoded piece by piece,
         each piece with a <s> of its own, and within a piece each run between two special tokens.
@@ -70,6 +71,9 @@ class Tokenizer:
         taken = sum(slots[-part - 1] for part in parts if not isinstance(part, str) and part < 0)
         if taken > most:  # told before the list is made, which a short prompt can make of any length
             raise RequestError(f"the pictures take {taken:,} tokens, the context has {most:,}", "images")
+        characters = sum(len(part) for part in parts if isinstance(part, str))
+        if characters > most * self._longest:  # so much text would be encoded for minutes
+            raise RequestError(f"the prompt has {characters:,} characters, too many for {most:,} tokens")
         ids, run = [self.bos], ""
         for part in [*parts, None]:  # None ends the last run
             if isinstance(part, str):

@@ -42,6 +42,11 @@ def wild():
         yield llm
 
 
+def ids_of(llm, text: str, choice: str = "") -> list[int]:
+    parts = llm.tokenizer.chat(question(text, []).messages)
+    return llm.tokenizer.encode([*parts, choice] if choice else parts, [], 10**6)
+
+
 def folded(llm, request: Request) -> list[tuple]:
     """(text, finish reason, tokens made) of each answer, and that the pieces were right on their way."""
     texts, last = {}, {}
@@ -106,7 +111,7 @@ def exact(ids: list[int]) -> np.ndarray:
 
 
 def test_log_probabilities_are_the_models_whatever_is_sampled(wild):
-    ids = wild._encode(question("Hello", []), [])
+    ids = ids_of(wild, "Hello")
     for params in ({}, {"temperature": 1.3, "seed": 2, "repetition_penalty": 1.4}):
         asked = SamplingParams(logprobs=3, **params)
         generation = wild._engine.submit([Prompt(ids, [], 6, params=asked)])
@@ -136,12 +141,12 @@ def test_choices_are_the_most_probable_of_their_list_on_100_cases(wild):
     words = ["cat", "dog", "a bird", "日本", "yes", "no", "yes, please", "42", "é", "cat and dog", "<|end|>", "a bir"]
     end = wild.tokenizer.special["<|end|>"]
     for k in range(100):
-        chat, choices = question(f"{rng.choice(PROMPTS)} {k}", []), rng.sample(words, rng.randint(2, 4))
-        with wild.answer(Request([chat], SamplingParams(choices=choices))) as deltas:
+        text, choices = f"{rng.choice(PROMPTS)} {k}", rng.sample(words, rng.randint(2, 4))
+        with wild.stream(text, choices=choices) as deltas:
             (delta,) = deltas
-        start, scores = len(wild._encode(chat, [])), []
+        start, scores = len(ids_of(wild, text)), []
         for choice in choices:
-            ids = wild._encode(chat, [], choice)
+            ids = ids_of(wild, text, choice)
             rows = exact(ids)[start - 1 :]
             scores.append(sum(row[token] for row, token in zip(rows, [*ids[start:], end], strict=True)))
         assert (delta.text, delta.finish_reason) == (choices[int(np.argmax(scores))], "stop")
@@ -155,7 +160,7 @@ def test_choices_may_be_asked_of_several_prompts(llm):
     with llm.stream([text, "What is 3 + 4?", text], choices=[*choices, "3 + 4 = 7."]) as deltas:
         answers = {delta.index: delta for delta in deltas}
     assert [answers[k].text for k in range(3)] == [choices[2], "3 + 4 = 7.", choices[2]]
-    assert answers[0].prompt_tokens == len(llm._encode(question(text, []), []))
+    assert answers[0].prompt_tokens == len(ids_of(llm, text))
     assert all(math.isclose(sum(answer.scores.values()), 1, abs_tol=1e-6) for answer in answers.values())
 
 
@@ -169,7 +174,7 @@ def test_the_prompt_of_choices_is_read_once(llm, monkeypatch):
     monkeypatch.setattr(model.Phi3V, "__call__", counting)
     long = "x y " * 300 + "What is 3 + 4?"
     assert llm.generate(long, choices=[f"3 + 4 = {k}." for k in range(10)])
-    prompt = len(llm._encode(question(long, []), []))
+    prompt = len(ids_of(llm, long))
     assert 900 < prompt < sum(read) < prompt + 10 * 20
 
 
@@ -182,7 +187,7 @@ def test_choices_continue_what_the_assistant_began(llm):
 
 
 def test_an_answer_never_has_text_past_an_end_token_even_if_it_is_the_first(wild):
-    ids = wild._encode(question("Hello", []), [])
+    ids = ids_of(wild, "Hello")
     first = int(np.argmax(exact(ids)[-1]))
     ends, wild._end_ids = wild._end_ids, frozenset([first])
     try:

@@ -155,7 +155,7 @@ def test_a_prompt_must_leave_room_in_the_context(llm):
 
 
 def room(llm, text: str) -> int:
-    return 4096 - len(llm._encode(question(text, []), []))
+    return 4096 - len(llm.tokenizer.encode(llm.tokenizer.chat(question(text, []).messages), [], 4096))
 
 
 @pytest.mark.parametrize("leave", ["next(s)", "next(s); raise SystemExit(3)", "next(s); s = None"])

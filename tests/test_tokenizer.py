@@ -21,7 +21,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n \t
 
 
 def ids_of(text: str, images: int = 0, slots: tuple[int, ...] = ()) -> list[int]:
-    return TOKENIZER.encode(parts_of(text, images), list(slots), 99)
+    return TOKENIZER.encode(parts_of(text, images), list(slots), 9999)
 
 
 def parts_of(text: str, images: int) -> list[str | int]:
@@ -32,7 +32,7 @@ def parts_of(text: str, images: int) -> list[str | int]:
 @given(TEXT.filter(lambda text: not ADDED.search(text)))
 def test_ids_of_harmless_text_are_those_of_the_rendered_template(text):
     rendered = f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
-    assert TOKENIZER.encode(TOKENIZER.chat([("user", [text])]), [], 0) == THEIRS.encode(rendered).ids
+    assert TOKENIZER.encode(TOKENIZER.chat([("user", [text])]), [], 9999) == THEIRS.encode(rendered).ids
 
 
 @settings(max_examples=200, deadline=None)
@@ -40,7 +40,7 @@ def test_ids_of_harmless_text_are_those_of_the_rendered_template(text):
 def test_an_answer_in_a_later_turn_loses_its_leading_white_space_as_in_the_reference(question, answer):
     rendered = f"<|user|>\n{question}<|end|>\n<|assistant|>\n{answer}<|end|>\n<|user|>\nAnd?<|end|>\n<|assistant|>\n"
     messages = [("user", [question]), ("assistant", [answer]), ("user", ["And?"])]
-    assert TOKENIZER.encode(TOKENIZER.chat(messages), [], 0) == THEIRS.encode(rendered).ids
+    assert TOKENIZER.encode(TOKENIZER.chat(messages), [], 9999) == THEIRS.encode(rendered).ids
 
 
 @pytest.mark.parametrize("token", TOKENIZER.special)
@@ -85,7 +85,7 @@ def test_tags_that_no_picture_could_have_are_text():
 @settings(max_examples=500, deadline=None)
 @given(TEXT)
 def test_what_was_encoded_comes_back_piece_by_piece(text):
-    ids = TOKENIZER.encode([text], [], 0)
+    ids = TOKENIZER.encode([text], [], 9999)
     decoder = TOKENIZER.decoder()
     pieces = [decoder.push(i) for i in ids]
     assert "".join(pieces) + decoder.finish() == text
@@ -109,6 +109,11 @@ def test_a_short_prompt_cannot_make_a_long_list():
     with pytest.raises(RequestError, match="take 225,810,000 tokens, the context has 4,096") as caught:
         TOKENIZER.encode(parts, [2509], 4096)
     assert caught.value.param == "images"
+
+
+def test_text_that_cannot_fit_is_not_even_encoded():
+    with pytest.raises(RequestError, match="the prompt has 20,000,000 characters, too many for 4,096 tokens"):
+        TOKENIZER.encode(["a" * 20_000_000], [], 4096)
 
 
 def test_answers_end_at_all_three_end_tokens():
