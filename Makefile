@@ -1,5 +1,6 @@
 # make serve · make test · make lint            (works with make 3.81)
 # make bench                                    phi3v beside mlx-lm and mlx-vlm, about 20 minutes: BENCHMARKS.md
+# make test-clients                             the clients that people have, for Python and for node, which it needs
 # make soak                                     2,000 random requests, each compared with its lone run
 # make serve ARGS="--port 9000"                 further options of `phi3v serve`
 # make serve EXTRA=cuda13                       another MLX backend than the one found: cpu, cuda12, cuda13
@@ -28,11 +29,14 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/compare.py --size demo $(ARGS)
 	$(BIN)/python bench/compare.py --size small $(ARGS)
 
+test-clients: $(VENV)/ready $(VENV)-clients/ready $(VENV)-clients-openai2/ready tests/clients/node_modules/ready
+	$(VENV)-clients/bin/python -m pytest tests/clients $(ARGS)
+
 soak: $(VENV)/ready-dev
 	PHI3V_SOAK=2000 $(BIN)/python -m pytest tests/test_soak.py $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-openai2 tests/clients/node_modules
 
 # Plain mlx has no backend on Linux, and two backends overwrite each other: exactly one is chosen here.
 $(VENV)/ready: pyproject.toml
@@ -61,4 +65,15 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --group dev
 	@touch $@
 
-.PHONY: serve test lint bench soak clean
+# What clients need conflicts with what phi3v needs, and openai 2 with 3: each group has an environment of its own.
+$(VENV)-%/ready: pyproject.toml $(VENV)/ready
+	@$(BIN)/python -m venv $(VENV)-$*
+	@$(VENV)-$*/bin/python -m pip install --quiet --upgrade pip
+	@$(VENV)-$*/bin/python -m pip install --quiet --group $*
+	@touch $@
+
+tests/clients/node_modules/ready: tests/clients/package-lock.json
+	@cd tests/clients && npm ci --loglevel=error --no-audit --no-fund
+	@touch $@
+
+.PHONY: serve test test-clients lint bench soak clean

@@ -117,7 +117,7 @@ class Decoder:
             shown = TokenLogprob(self._data(token), logprobs[0], top)
             self._waiting.append((self._shown + len(self._held), shown))
         data = self._data(token)
-        self._started |= bool(data)
+        self._started |= bool(self._table.get(token))
         return self._show(self._utf8.decode(data))
 
     def finish(self) -> str:
