@@ -6,6 +6,7 @@
 import os
 import random
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +18,7 @@ import test_parity as parity
 from phi3v import model, sequences
 from phi3v.engine import Engine
 from phi3v.errors import RequestError
+from phi3v.request import SamplingParams
 from phi3v.sequences import Prompt
 
 REQUESTS = int(os.environ.get("PHI3V_SOAK", "96"))
@@ -34,9 +36,17 @@ def pool(checkpoint: str, rng: random.Random) -> list[Prompt]:
     for _ in range(24):
         ids = common[: rng.choice([0, 0, 50, 80, 100])] + [rng.randrange(3, 500) for _ in range(rng.randrange(1, 90))]
         prompts.append(Prompt(ids, [], rng.randrange(1, 50), frozenset(rng.sample(range(3, 500), 9))))
+        rules = {"temperature": rng.choice([0.0, 1.0]), "seed": rng.randrange(99), "logprobs": rng.choice([None, 3])}
+        rules |= {"top_p": rng.choice([0.9, 1.0]), "presence_penalty": rng.choice([0.0, 0.8])}
+        prompts.append(replace(prompts[-1], params=SamplingParams(**rules), branch=rng.randrange(3)))
+        prompts.append(replace(prompts[-1], max_tokens=1, targets=(*ids[1:][-rng.randrange(1, 20) :], 7)))
     for p in pictures:
         prompts += [replace(p, ids=p.ids + [rng.randrange(3, 500) for _ in range(n)]) for n in (1, 5)]
     return prompts
+
+
+def is_drawn(prompt: Prompt) -> bool:
+    return prompt.params.temperature > 0 and not prompt.targets
 
 
 def tokens_of(generation) -> list[int]:
@@ -62,7 +72,8 @@ def test_every_answer_under_load_is_the_lone_one_and_nothing_is_left(checkpoint,
     prompts = pool(checkpoint, rng)
     lone = Engine(partial(model.load, parity.PARITY / checkpoint), cache_bytes=0)
     lone.wait()
-    expected = [tokens_of(lone.submit([p])) for p in prompts]
+    alone = [lone.submit([p]) for p in prompts]
+    expected, scores = [tokens_of(generation) for generation in alone], [generation.scores[0] for generation in alone]
     lone.close()
 
     engine = Engine(partial(model.load, parity.PARITY / checkpoint), max_batch=10, cache_bytes=3_000_000)
@@ -80,7 +91,9 @@ def test_every_answer_under_load_is_the_lone_one_and_nothing_is_left(checkpoint,
                 made[index] += [] if token is None else [token]
                 if count == stop:
                     generation.cancel()
-            for i, tokens in zip(picked, made, strict=True):
+            for i, tokens, score in zip(picked, made, generation.scores, strict=True):
+                if stop is None and abs(score - scores[i]) > 1e-3:
+                    wrong.append((i, score, scores[i]))
                 whole = expected[i] if stop is None else expected[i][: len(tokens)]
                 if tokens != whole:
                     different.append((i, tokens))
@@ -103,7 +116,8 @@ def test_every_answer_under_load_is_the_lone_one_and_nothing_is_left(checkpoint,
         thread.join()
     assert not wrong and (refused or REQUESTS < 1000)
     phi = parity.checkpoint(checkpoint)[0]
-    assert all(is_near(phi, prompts[i], expected[i], tokens) for i, tokens in different), different
+    greedy = [(i, tokens) for i, tokens in different if not is_drawn(prompts[i])]  # a drawn one has no such proof
+    assert all(is_near(phi, prompts[i], expected[i], tokens) for i, tokens in greedy), greedy
     assert len(different) <= REQUESTS // 100
     stats = engine.stats()
     assert stats["running"] == stats["waiting"] == 0 and not engine._alive
@@ -120,6 +134,8 @@ def test_memory_does_not_grow_with_requests():
         for _ in range(max(10, REQUESTS // 60)):
             ids = [rng.randrange(3, 500) for _ in range(rng.randrange(1, 120))]
             tokens_of(engine.submit([Prompt(ids, [], 12, owner=str(rng.random()))] * 2))
+        while engine._batches or engine._flight.arrays:  # the last rows are let go a pass after their last token
+            time.sleep(0.001)
         seen.append(mx.get_active_memory())
     engine.close()
     assert max(seen[3:]) <= max(seen[:3]) + 150_000  # what one sequence of these takes
