@@ -9,22 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from datetime import UTC, datetime
 
-from .errors import RequestError
-from .request import (
-    DEFAULT_MAX_TOKENS,
-    Chat,
-    Delta,
-    Picture,
-    Request,
-    SamplingParams,
-    TokenLogprob,
-    check_number,
-    check_text,
-    check_texts,
-    image_bytes,
-    kind_of,
-    question,
-)
+from .errors import RequestError, check_number, check_text, check_texts, kind_of
+from .request import DEFAULT_MAX_TOKENS, Chat, Delta, Picture, Request, SamplingParams, image_bytes, question
 
 MODEL = "phi-3-vision"  # the documented name, whatever checkpoint answers
 MAX_PROMPTS = 32  # of one request, each counted `n` times: a full batch
@@ -199,10 +185,10 @@ class Answer:
             yield sse(self._head | {"choices": [], "usage": self._usage()})
         yield DONE
 
-    def _event(self, delta: Delta, body: dict, logprobs: list[TokenLogprob] | None = None) -> bytes:
+    def _event(self, delta: Delta, body: dict, logprobs: list | None = None) -> bytes:
         return sse(self._head | {"choices": [self._choice(delta, body, logprobs)]})
 
-    def _choice(self, delta: Delta, body: dict, logprobs: list[TokenLogprob] | None) -> dict:
+    def _choice(self, delta: Delta, body: dict, logprobs: list | None) -> dict:
         shown = None
         if logprobs and self._chat:
             shown = {"content": [_chat_logprob(entry) for entry in logprobs], "refusal": None}
@@ -212,7 +198,7 @@ class Answer:
             shown = ({"content": None} if self._chat else {}) | {"scores": delta.scores}
         return {"index": delta.index, **body, "logprobs": shown, "finish_reason": delta.finish_reason}
 
-    def _completion_logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict:
+    def _completion_logprobs(self, index: int, logprobs: list) -> dict:
         """The shape of /v1/completions; `text_offset` is in characters, tokens that are no whole ones as hex bytes."""
         offsets = []
         for entry in logprobs:
@@ -293,7 +279,7 @@ def _picture(image, where: str, num_crops: int | None = None) -> Picture:
     return Picture(image_bytes(image, where), where, num_crops)
 
 
-def _chat_logprob(entry: TokenLogprob) -> dict:
+def _chat_logprob(entry) -> dict:
     def one(token: bytes, logprob: float) -> dict:
         return {"token": _shown(token), "logprob": _finite(logprob), "bytes": list(token)}
 

@@ -6,13 +6,11 @@ by `LLM.stream` and on the wire; what is left to write is its use, in `sampling`
 
 import base64
 import binascii
-import json
-import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from .errors import RequestError
+from .errors import RequestError, check_number, check_text, check_texts  # noqa: F401
 
 DEFAULT_MAX_TOKENS = 512  # as documented
 MAX_CROPS = 16  # what Phi-3-vision's own preprocessor uses; more than the model was trained on
@@ -150,41 +148,3 @@ def image_bytes(text: str, param: str | None = None) -> bytes:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
         raise RequestError("the picture is not valid base64 (alphabet A-Z a-z 0-9 + /, padded with =)", param) from None
-
-
-def check_number(name: str, value: object, low: float, high: float | None = None, kind: type = int) -> None:
-    """Refuse what is no number from `low` to `high`, or no whole one if `kind` is int; True is none here."""
-    kinds = (int,) if kind is int else (int, float)
-    if type(value) not in kinds or not low <= value <= (math.inf if high is None else high):
-        allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        whole = "whole number" if kind is int else "number"
-        raise RequestError(f"{name} must be a {whole} {allowed}, not {json.dumps(value, default=repr)[:40]}", name)
-
-
-def check_text(param: str, text: object, longest: int | None = None) -> None:
-    """Refuse what is no string, is empty, has over `longest` characters or cannot be written as UTF-8."""
-    if not isinstance(text, str):
-        raise RequestError(f"{param} must be a string, not {kind_of(text)}", param)
-    if not text:
-        raise RequestError(f"{param} is empty", param)
-    if longest and len(text) > longest:
-        raise RequestError(f"{param} has {len(text)} characters, at most {longest} are allowed", param)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{param} holds half a surrogate pair (\\ud800 to \\udfff)", param) from None
-
-
-def check_texts(param: str, texts: object, least: int, most: int, longest: int | None = None) -> None:
-    """Refuse what is no list of `least` to `most` strings."""
-    if not isinstance(texts, list | tuple) or not least <= len(texts) <= most:
-        given = len(texts) if isinstance(texts, list | tuple) else kind_of(texts)
-        raise RequestError(f"{param} must be a string or a list of {least} to {most}, not {given}", param)
-    for i, text in enumerate(texts):
-        check_text(f"{param}[{i}]", text, longest)
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is called in a message."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
