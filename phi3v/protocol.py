@@ -129,7 +129,7 @@ class Answer:
             "system_fingerprint": checkpoint,
         }
         self._last: dict[int, Delta] = {}
-        self._lengths = [0] * self._count
+        self._shown = [b""] * self._count  # the bytes of the tokens whose log-probabilities were shown
 
     @property
     def counts(self) -> dict[str, int]:
@@ -202,8 +202,8 @@ class Answer:
         """The shape of /v1/completions; `text_offset` is in characters, tokens that are no whole ones as hex bytes."""
         offsets = []
         for entry in logprobs:
-            offsets.append(self._lengths[index])
-            self._lengths[index] += len(entry.token.decode(errors="ignore"))
+            offsets.append(len(self._shown[index].decode(errors="ignore")))
+            self._shown[index] += entry.token
         return {
             "tokens": [_shown(entry.token) for entry in logprobs],
             "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
@@ -259,7 +259,8 @@ def _content(content, role: str, param: str, pictures: list[Picture]) -> list[st
         else:
             image = part.get("image_url")
             image = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
-            detail = _one_of(image.get("detail") or "auto", ("auto", "low", "high"), f"{where}.detail")
+            detail = image.get("detail")
+            detail = detail if detail is None else _one_of(detail, ("auto", "low", "high"), f"{where}.detail")
             pictures.append(_picture(image.get("url"), where, 1 if detail == "low" else None))
             parts += [-len(pictures), "\n"]
     return parts

@@ -527,6 +527,12 @@ def test_a_text_stream_carries_the_reason_in_its_last_chunks_and_offsets_in_char
     assert {chunk["object"] for chunk in chunks} == {"text_completion"} and "responses" not in chunks[0]
 
 
+def test_offsets_count_a_character_that_several_tokens_make_once():
+    entries = [TokenLogprob(token, -1.0, []) for token in (b"a", b"\xc3", b"\xa9", b"b", b"c")]
+    choice = protocol.Answer(False, "x").whole([Delta(0, "aébc", "stop", logprobs=entries)])["choices"][0]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
+
+
 def test_a_chat_answer_has_what_clients_break_without():
     reply = protocol.Answer(True, "demo-1", prompts=2).whole(delta for delta in DELTAS if delta)
     assert reply["object"] == "chat.completion" and "responses" not in reply and reply["usage"]["total_tokens"] == 16
