@@ -38,7 +38,7 @@ KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 def parse_json(raw: bytes) -> dict:
     """A JSON object out of a body; strict where Python's parser is lenient."""
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        body = json.loads(raw.decode("utf-8"), parse_float=_real, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise RequestError("the body is not UTF-8") from None
     except RecursionError:
@@ -317,6 +317,12 @@ def _one_of(value, allowed: Iterable[str], param: str) -> str:
         given = json.dumps(value)[:40] if isinstance(value, str) else kind_of(value)
         raise RequestError(f"{param} must be one of {', '.join(allowed)}, not {given}", param)
     return value
+
+
+def _real(text: str) -> int | float:
+    """A number with a point; 5.0 is a whole one, as in JSON Schema: not every client can write 5."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _no_constant(name: str):

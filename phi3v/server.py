@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             self._log()
             self.server.enter(-1)
 
-    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
+    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_QUERY = _dispatch
 
     def _begin(self) -> None:
         self._started = time.monotonic()

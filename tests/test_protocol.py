@@ -25,7 +25,8 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
         (b' \r\n\t{"a": 1} \n', {"a": 1}),
         ('{"ä": "日本 🎉"}'.encode(), {"ä": "日本 🎉"}),
         (rb'{"a": "\ud83c\udf89\u0000"}', {"a": "🎉\0"}),
-        (b'{"a": -0.5e1, "b": [true, null]}', {"a": -5.0, "b": [True, None]}),
+        (b'{"a": -0.5e1, "b": [true, null]}', {"a": -5, "b": [True, None]}),
+        (b'{"a": [5.0, -0.0, 1e2, 5.5]}', {"a": [5, 0, 100, 5.5]}),
         (b'{"a": 1e400}', {"a": float("inf")}),  # a number, if a large one: its field refuses it
         (nested(1), {"a": 1}),
         (nested(32), json.loads(nested(32))),
@@ -34,7 +35,7 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
     ids=lambda value: repr(value)[:30],
 )
 def test_a_json_object_is_taken(raw, body):
-    assert protocol.parse_json(raw) == body
+    assert repr(protocol.parse_json(raw)) == repr(body)  # 5 and 5.0 are told apart
 
 
 @pytest.mark.parametrize(

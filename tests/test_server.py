@@ -225,7 +225,10 @@ REFUSED = [
     (403, UNKNOWN, {"X_API_Key": "\xff"}),
     *((404, f"there is no {path!r}; the routes are", {"request": f"POST {path}?a"}) for path in ("/", "/../health")),
     *((404, "the routes are", {"request": f"POST {path}"}) for path in ("/v1/completions/", "/v1/complet%69ons")),
-    *((405, "takes POST", {"request": f"{m} /v1/completions"}) for m in ("GET", "PUT", "PATCH", "DELETE", "OPTIONS")),
+    *(
+        (405, "takes POST", {"request": f"{m} /v1/completions"})
+        for m in "GET PUT PATCH DELETE OPTIONS TRACE QUERY".split()
+    ),
     (405, "/health takes GET, not POST", {"request": "POST /health"}),
     (411, "chunked bodies are not taken", CHUNKED | {"body": b"0\r\n\r\n" + HEALTH}),
     (411, "the request needs a Content-Length", {"Content_Length": None}),
