@@ -24,7 +24,7 @@ from . import __version__, fast_blas, tls
 from .errors import RequestError, SetupError
 from .keys import Key, KeyStore
 
-LOG_BYTES, LOG_FILES = 10_000_000, 5  # server.log is rotated: 60 MB at most
+ROTATED = {"maxBytes": 10_000_000, "backupCount": 5}  # server.log: 60 MB at most
 UNITS = {"": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3, "M": 60, "H": 3600, "D": 86400}
 COUNT = r"([1-9][0-9]{0,8})()", "a whole number of at least 1"
 SIZE = r"([0-9]{1,12})(?i:([KMG]B|))", "a size such as 500KB, 1MB, 4GB or 1048576"
@@ -249,14 +249,11 @@ def _table(keys: list[Key]) -> str:
     rows = [["ID", "NAME", "KEY", "LIMIT/MIN", "CREATED", "EXPIRES", "LAST USED", "REQUESTS", "TOKENS"]]
     for k in keys:
         tokens = f"{k.prompt_tokens}+{k.completion_tokens}"
-        times = [_date(t) for t in (k.created, k.expires, k.last_used)]
-        rows.append([k.id, k.name, k.prefix + "…", str(k.rate_limit), *times, str(k.requests), tokens])
+        times = k.created, k.expires, k.last_used
+        dates = ["–" if t is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(t)) for t in times]
+        rows.append([k.id, k.name, k.prefix + "…", str(k.rate_limit), *dates, str(k.requests), tokens])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _date(seconds: float | None) -> str:
-    return "–" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _start_log(arguments: argparse.Namespace) -> Path | None:
@@ -271,15 +268,14 @@ def _start_log(arguments: argparse.Namespace) -> Path | None:
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter("phi3v: %(message)s"))
     log.addHandler(console)
-    path, rotated = Path(arguments.log_file).absolute(), {"maxBytes": LOG_BYTES, "backupCount": LOG_FILES}
     try:
-        file = logging.handlers.RotatingFileHandler(path, encoding="utf-8", **rotated)
+        file = logging.handlers.RotatingFileHandler(arguments.log_file, encoding="utf-8", **ROTATED)
     except OSError as error:
         log.warning("cannot write %s: %s; serving without a log file", arguments.log_file, error.strerror)
         return None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
-    return path
+    return Path(file.baseFilename)
 
 
 def _say_hello(arguments: argparse.Namespace, llm, keys: KeyStore, log_file: Path | None, port: int) -> None:

@@ -1,11 +1,9 @@
 """The engine: one thread that owns MLX and steps all sequences together. Token ids in, token ids out.
 
-Knows nothing of text, files or HTTP. MLX's streams belong to threads, so the model is loaded, stepped and freed
-on the engine's own; requests reach it through a queue and get their tokens through another.
-
-A pass of the model makes one token for every running sequence and reads a piece of the prompts that wait, all in the
-same matrix products. The next pass is launched before the tokens of the last one are looked at: they stay on the
-device as its input, and whoever turns out to have ended has made one token for nothing.
+Knows nothing of text, files or HTTP. MLX's streams belong to threads, so the model is loaded, stepped and freed on it.
+A pass makes one token for every running sequence and reads a piece of the prompts that wait, in the same matrix
+products. The next one is launched before the tokens of the last are looked at: they stay on the device as its input,
+and whoever turns out to have ended has made one token for nothing.
 """
 
 import atexit
@@ -14,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +22,7 @@ import mlx.nn as nn
 from . import sampling, sequences
 from .cache import Cache, shared_length
 from .errors import RequestError, Unavailable
+from .images import Crops
 from .language import KVCache, Part
 from .model import Phi3V
 from .sequences import Batch, Generation, Prompt, Sequence
@@ -38,7 +37,7 @@ MAX_LOOKED_AT = 32  # waiting prompts of which one may begin: more cost time in 
 # reads 1,024 in 20 ms, and a pass has costs of its own there; the second number is for when nobody runs.
 PIECE, ALONE = (1024, 2048) if mx.cuda.is_available() else (512, 512)
 CROPS = 17  # of pictures looked at per pass: about as much work as a piece
-SHARE = 0.6  # of a machine's memory for weights, KV caches and the kept prefixes; a GPU with its own gives 0.85
+SHARE, SHARE_OF_GPU = 0.6, 0.85  # of a machine's memory, or a GPU's own, for weights, KV caches and kept prefixes
 KEPT = 0.25  # of what the weights leave of that for kept prefixes and features
 LEAST_CONTEXT = 2048  # tokens that are always let in, however little memory there seems to be
 
@@ -96,24 +95,17 @@ class Engine:
     @property
     def status(self) -> str:
         """One of "loading", "ok", "idle" (freed until the next request), "draining", "failed"."""
-        if self._failure:
-            return "failed"
-        if self._closing:
-            return "draining"
+        if self._failure or self._closing:
+            return "failed" if self._failure else "draining"
         return "loading" if not self._ready.is_set() else "ok" if self._model else "idle"
 
     def stats(self) -> dict[str, float]:
         """What runs and waits now, what was made so far, and the median time to first token of the last 256, in s."""
         first = sorted(self._first_seconds)
         waiting = sum(not s.done for s in [*self._arrived, *self._waiting])
-        return {
-            "running": len(self._alive) - waiting,
-            "waiting": waiting,
-            "tokens": self._tokens,
-            "cached_tokens": self._cache.hits,
-            "cache_bytes": self._cache.bytes,
-            "first_token_seconds": first[len(first) // 2] if first else 0.0,
-        }
+        now = {"running": len(self._alive) - waiting, "waiting": waiting, "tokens": self._tokens}
+        kept = {"cached_tokens": self._cache.hits, "cache_bytes": self._cache.bytes}
+        return now | kept | {"first_token_seconds": first[len(first) // 2] if first else 0.0}
 
     def wait(self) -> None:
         """Return when the model is loaded, or raise what prevented it."""
@@ -159,33 +151,32 @@ class Engine:
             if self._ready.is_set():
                 log.critical("the engine has failed", exc_info=True)
             self._failure = error.with_traceback(None)  # whose frames hold the model
-        with self._changed:  # nothing can be submitted after this
-            self._closing = True
+        with self._changed:
+            self._closing = True  # nothing can be submitted after this
         self._fail(self._failure or Unavailable("the model is shutting down"))
         self._ready.set()
         self._model = None
         mx.clear_streams()  # with CUDA, MLX's own threads would abort the process at its end (MLX issue 4506)
 
     def _load_model(self) -> None:
+        """Load, and fill in the limits that were left open: from this machine's memory and the model's size."""
         with MLX:
-            model = self._load()
-            self._plan(model)
+            model, limits = self._load(), self.limits
+            memory, share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), SHARE
+            if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
+                memory, share = int(mx.device_info()["total_memory"]), SHARE_OF_GPU
+            config, weights = model.config, nn.utils.tree_flatten(model.parameters())
+            free = max(0, int(memory * share) - sum(array.nbytes for _, array in weights))
+            if limits["cache_bytes"] is None:
+                limits["cache_bytes"] = int(free * KEPT)
+            per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+            per_token *= model.model.norm.weight.itemsize
+            self._room = max(LEAST_CONTEXT, (free - limits["cache_bytes"]) // per_token)  # tokens of all KV caches
+            limits["context"] = min(limits["context"] or self._room, self._room, config.max_position_embeddings)
+            limits["batch"] = limits["batch"] or max(1, min(MAX_BATCH, self._room // 1024))
+            self._cache.most = limits["cache_bytes"]
+            mx.set_cache_limit(memory // 16)  # of freed buffers that MLX keeps for later; it would keep all
             self._model = model
-
-    def _plan(self, model: Phi3V) -> None:
-        """Fill in the limits that were left open, from this machine's memory and the model's size."""
-        memory, share = _memory()
-        free = max(0, int(memory * share) - sum(a.nbytes for _, a in nn.utils.tree_flatten(model.parameters())))
-        config, limits = model.config, self.limits
-        if limits["cache_bytes"] is None:
-            limits["cache_bytes"] = int(free * KEPT)
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        per_token *= model.model.norm.weight.itemsize
-        self._room = max(LEAST_CONTEXT, (free - limits["cache_bytes"]) // per_token)  # tokens of all KV caches
-        limits["context"] = min(limits["context"] or self._room, self._room, config.max_position_embeddings)
-        limits["batch"] = limits["batch"] or max(1, min(MAX_BATCH, self._room // 1024))
-        self._cache.most = limits["cache_bytes"]
-        mx.set_cache_limit(memory // 16)  # of freed buffers that MLX keeps for later; it would keep all
 
     def _receive(self) -> bool:
         """Take what was submitted, sleeping while there is nothing to do; False when the engine is to end."""
@@ -220,33 +211,24 @@ class Engine:
         """Take out who has ended, was cancelled, has asked for its last token or outgrows the regime of its batch."""
         for s in list(self._alive):
             if s.generation.cancelled[s.index]:
-                self._end(s, (s.index, None, "cancelled"))
+                self._put(s, (s.index, None, "cancelled"))
         self._waiting = [s for s in self._waiting if not s.done]
         self._reading = [s for s in self._reading if not s.done]
         for key, batch in list(self._batches.items()):
-            gone = []
-            for row, s in enumerate(batch.sequences):
-                ended = s and (s.done or s.length == s.most)
-                if ended:
-                    self._remember(s, batch.cache, row)
-                elif s and self._key(s) != key:
-                    self._waiting.append(s)
-                else:
-                    continue
-                gone.append(row)
-            batch.leave(gone)
+            rows = {row: s for row, s in enumerate(batch.sequences) if s}
+            ended = {row: s for row, s in rows.items() if s.done or s.length == s.most}
+            for row, s in ended.items() if self._cache.most else ():  # the next turn of a conversation begins with it
+                content = s.content_so_far()[: batch.cache.lengths[row]]
+                self._cache.add_prefix(s.prompt.owner, s.long, content, batch.cache.copy(row, len(content)))
+            moved = {row: s for row, s in rows.items() if row not in ended and self._key(s) != key}
+            self._waiting += moved.values()
+            batch.leave([*ended, *moved])
             if not any(batch.sequences):
                 del self._batches[key]
 
     def _key(self, s: Sequence) -> tuple[bool, int]:
         """The batch of a sequence: its regime, and a class of lengths that differ by less than a factor of 4."""
         return self._model.config.is_long(s.length), s.most.bit_length() // 2
-
-    def _remember(self, s: Sequence, cache: KVCache, row: int) -> None:
-        """Keep what a sequence has read, and made: the next turn of a conversation begins with it."""
-        if self._cache.most:
-            content = s.content_so_far()[: cache.lengths[row]]
-            self._cache.add_prefix(s.prompt.owner, s.long, content, cache.copy(row, len(content)))
 
     def _admit(self) -> None:
         """Begin to read those whose turn it is."""
@@ -276,41 +258,36 @@ class Engine:
 
     def _fits(self, all_of: list[Sequence]) -> bool:
         """Whether these have room at their longest; a batch has slots to spare, each as long as the longest ever."""
-        rows: dict[tuple[bool, int], list[int]] = {}
+        rows, room = defaultdict(list), 0.0
         for s in all_of:
-            rows.setdefault(self._key(s), []).append(s.most)
-        room = 0.0
+            rows[self._key(s)].append(s.most)
         for key, lengths in rows.items():
-            held = self._batches[key].cache if key in self._batches else None
-            slots, capacity = (held.slots, held.capacity) if held else (0, 0)
-            room += max(1.25 * len(lengths), slots) * max(*lengths, capacity)
+            held = self._batches[key].cache if key in self._batches else KVCache(0)
+            room += max(1.25 * len(lengths), held.slots) * max(*lengths, held.capacity)
         return len(all_of) == 1 or room <= self._room
 
     def _gains(self, s: Sequence, other: Sequence) -> bool:
         """Whether it is quicker to wait until another prompt, which begins alike, is read, than to read it as well."""
-        if not self._cache.most or other.prompt.owner != s.prompt.owner or other.long != self._key(s)[0]:
-            return False
-        return 2 * (shared_length(s.content, other.content) - other.read) >= other.unread
+        alike = self._cache.most and other.prompt.owner == s.prompt.owner and other.long == self._key(s)[0]
+        return alike and 2 * (shared_length(s.content, other.content) - other.read) >= other.unread
 
     def _look(self) -> None:
         """Make the features of pictures that those being read need next: of one at least, else up to CROPS crops."""
-        wanted: dict[tuple[str, int], list[tuple[Sequence, int]]] = {}
-        crops = 0
-        for s, k in [(each, k) for each in self._reading for k in each.unseen()]:
-            picture = s.images[k]
-            key = s.prompt.owner, picture.digest
+        missing = [(s, k, (s.prompt.owner, s.images[k].digest)) for s in self._reading for k in s.unseen()]
+        wanted: dict[tuple[str, int], Crops] = {}
+        for s, k, key in missing:
             s.features[k] = self._cache.features(*key)
-            if s.features[k] is None and (key in wanted or not wanted or crops + len(picture.pixels) <= CROPS):
-                crops += 0 if key in wanted else len(picture.pixels)
-                wanted.setdefault(key, []).append((s, k))
+            crops = sum(len(picture.pixels) for picture in [*wanted.values(), s.images[k]])
+            if s.features[k] is None and (not wanted or crops <= CROPS):
+                wanted.setdefault(key, s.images[k])
         if wanted:
-            firsts = (group[0] for group in wanted.values())
-            made = self._model.image_features([s.images[k] for s, k in firsts])
-            mx.async_eval(made)
-            for (key, group), features in zip(wanted.items(), made, strict=True):
+            made = dict(zip(wanted, self._model.image_features(list(wanted.values())), strict=True))
+            mx.async_eval(list(made.values()))
+            for key, features in made.items():
                 self._cache.add_features(*key, features)
-                for s, k in group:
-                    s.features[k] = features
+            for s, k, key in missing:
+                if key in made:
+                    s.features[k] = made[key]
                     s.images[k] = replace(s.images[k], pixels=None)  # up to 23 MB that are not needed again
 
     def _pieces(self) -> list[tuple[Sequence, int]]:
@@ -329,14 +306,14 @@ class Engine:
     def _launch(self) -> _Flight:
         """One pass: a token for each running sequence, a piece of each prompt that is being read."""
         model, flight = self._model, _Flight()
-        inputs, parts, at = [], [], 0
+        inputs, parts = [], []
         for (long, _), batch in self._batches.items():
             batch.cache.lengths = [n if s else 0 for n, s in zip(batch.cache.lengths, batch.sequences, strict=True)]
             inputs.append(model.model.embed_tokens(batch.tokens))
             parts.append(Part(batch.cache, 1, long))
             flight.sequences += batch.sequences
-            at += len(batch.sequences)
-        picks, running = list(range(at)), at
+        at = len(flight.sequences)
+        picks = list(range(at))
         scored: list[tuple[Sequence, range, int]] = []  # with the rows and the first position of what is scored
         for s, count in self._pieces():
             ids, slots = s.piece(count)
@@ -358,7 +335,7 @@ class Engine:
                 self._sample(flight, logits[: len(picks)])
             self._score(flight, scored, logits[len(picks) :])
             mx.async_eval(flight.arrays)
-            self._regroup(flight, running)
+            self._regroup(flight)
         return flight
 
     def _sample(self, flight: _Flight, logits: mx.array) -> None:
@@ -384,28 +361,26 @@ class Engine:
             if not s.unread:
                 flight.scored.append(s)
                 self._reading.remove(s)
-                if self._cache.most and not s.generation.cached[s.index]:  # the other choices begin alike
+                if not s.generation.cached[s.index]:  # the other choices begin alike
                     self._cache.add_prefix(s.prompt.owner, s.long, s.content_so_far(), s.cache.snapshot())
 
-    def _regroup(self, flight: _Flight, running: int) -> None:
+    def _regroup(self, flight: _Flight) -> None:
         """Give the batches their new tokens, and a row in one of them to each prompt that was read to its end."""
         start = 0
         for batch in self._batches.values():
             batch.tokens = flight.tokens[start : start + len(batch.sequences)]
             start += len(batch.sequences)
-        for i, s in enumerate(flight.sequences):
-            if s:
-                s.flying += 1
-            if i >= running:
-                self._reading.remove(s)
-                if self._cache.most:
-                    self._cache.add_prefix(s.prompt.owner, s.long, s.content_so_far(), s.cache.snapshot())
-                token, key = flight.tokens[i : i + 1], (s.long, self._key(s)[1])
-                if key in self._batches and s.length < s.most:
-                    self._batches[key].join(s, token)
-                elif s.length < s.most:
-                    self._batches[key] = Batch([s], s.cache, token)
-                s.cache = None
+        for s in filter(None, flight.sequences):
+            s.flying += 1
+        for row, s in enumerate(flight.sequences[start:], start):
+            self._reading.remove(s)
+            self._cache.add_prefix(s.prompt.owner, s.long, s.content_so_far(), s.cache.snapshot())
+            token, key = flight.tokens[row : row + 1], (s.long, self._key(s)[1])
+            if key in self._batches and s.length < s.most:
+                self._batches[key].join(s, token)
+            elif s.length < s.most:
+                self._batches[key] = Batch([s], s.cache, token)
+            s.cache = None
 
     def _deliver(self, flight: _Flight) -> None:
         """Wait for a pass and hand its tokens to their requests."""
@@ -416,29 +391,23 @@ class Engine:
             s.generation.logprobs[s.index].append((own, best))
         for s in flight.scored:
             s.generation.scores[s.index] = s.score.item()
-            self._end(s, (s.index, None, "stop"))
-        tokens = flight.tokens.tolist() if flight.sequences else []
-        for s, token in zip(flight.sequences, tokens, strict=True):
-            if s:
-                s.flying -= 1
+            self._put(s, (s.index, None, "stop"))
+        for s, token in zip(flight.sequences, flight.tokens.tolist() if flight.sequences else [], strict=True):
             if not s or s.done:
                 continue
+            s.flying -= 1
             if not s.made:
                 self._first_seconds.append(time.monotonic() - s.arrived)
-            ended = token in s.prompt.end_ids
-            if not ended:
+            if token in s.prompt.end_ids:
+                self._put(s, (s.index, None, "stop"))
+            else:
                 s.made.append(token)
                 self._tokens += 1
-            reason = "stop" if ended else "length" if len(s.made) >= s.prompt.max_tokens else None
-            item = (s.index, None if ended else token, reason)
-            if reason:
-                self._end(s, item)
-            else:
-                s.generation.items.put(item)
+                self._put(s, (s.index, token, "length" if len(s.made) >= s.prompt.max_tokens else None))
 
     def _fail(self, error: BaseException) -> None:
         for s in list(self._alive):
-            self._end(s, error)
+            self._put(s, error)
         for group in (self._waiting, self._reading, self._batches):
             group.clear()
         self._clear()  # it may be memory that was lacking
@@ -448,18 +417,13 @@ class Engine:
         self._cache.clear()
         mx.clear_cache()
 
-    def _end(self, s: Sequence, item: tuple | BaseException) -> None:
-        """The engine is done with a sequence, once: make room for another, and tell its request."""
-        if not s.done:
+    def _put(self, s: Sequence, item: tuple[int, int | None, str | None] | BaseException) -> None:
+        """Tell a request of a token or of the end of a sequence, which comes once and makes room for another."""
+        if s.done:
+            return
+        if isinstance(item, BaseException) or item[2]:
             s.done = True
             s.features, s.cache = [], None  # freed on this thread, not on the request's
             with self._changed:
                 self._alive.discard(s)
-            s.generation.items.put(item)
-
-
-def _memory() -> tuple[int, float]:
-    """The bytes of the memory that MLX computes in, and the share of it that is ours to plan with."""
-    if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
-        return int(mx.device_info()["total_memory"]), 0.85
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), SHARE
+        s.generation.items.put(item)

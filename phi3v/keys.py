@@ -1,8 +1,8 @@
 """API keys in sqlite: create, list, update, delete, verify, the exact rate window, usage.
 
-Knows nothing of HTTP or of the model. Two files: `keys.db` is durable and all there is to back up; `keys.db-window`
-holds the last minute of requests, may be deleted at any time, and is written without waiting for the disk. Usage is
-added up in memory first. So no request waits for a durable commit; a kill loses half a second of usage, no more.
+Knows nothing of HTTP or of the model. `keys.db` is durable and all there is to back up; `keys.db-window` holds the
+last minute of requests, may be deleted at any time, and is written without waiting for the disk. Usage is added up in
+memory first. So no request waits for a durable commit; a kill loses half a second of usage, no more.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ MAX_RATE_LIMIT = 1_000_000  # requests per minute: far above what one process an
 MAX_NAME = 100  # characters: a name is for a table in a terminal
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 PREFIX = "phi3v_"
+log = logging.getLogger("phi3v")
 
 SCHEMA = f"""
 CREATE TABLE keys (
@@ -41,6 +42,7 @@ CREATE TABLE keys (
 ) STRICT;
 PRAGMA user_version = {VERSION};
 """
+ADD_KEY = "INSERT INTO keys (id, name, prefix, hash, rate_limit, created, expires) VALUES (?,?,?,?,?,?,?)"
 ADD_USAGE = """
 UPDATE keys SET last_used = ?, requests = requests + 1, prompt_tokens = prompt_tokens + ?,
     completion_tokens = completion_tokens + ? WHERE id = ?
@@ -80,8 +82,6 @@ class Allowance:
         return {f"X-RateLimit-{name.capitalize()}": str(value) for name, value in vars(self).items()}
 
 
-log = logging.getLogger("phi3v")
-
 COLUMNS = ", ".join(f.name for f in fields(Key))
 
 
@@ -118,9 +118,7 @@ class KeyStore:
         key_id, secret = secrets.token_hex(4), _new_secret()
         row = (key_id, name, secret[:10], _digest(secret), rate_limit, self._clock(), expires)
         with self._transaction() as db:
-            db.execute(
-                "INSERT INTO keys (id, name, prefix, hash, rate_limit, created, expires) VALUES (?,?,?,?,?,?,?)", row
-            )
+            db.execute(ADD_KEY, row)
         return self.find(key_id), secret
 
     def list(self) -> list[Key]:
@@ -131,8 +129,8 @@ class KeyStore:
         """The key with this secret or id."""
         self._flush()
         column, value = ("hash", _digest(reference)) if reference.startswith(PREFIX) else ("id", reference)
-        for key in self._select(f"WHERE {column} = ?", value):
-            return key
+        if found := self._select(f"WHERE {column} = ?", value):
+            return found[0]
         shown = reference if len(reference) <= 10 else reference[:10] + "…"  # never echo a secret, mistyped or not
         raise SetupError(f"no key {shown!r} in {self.path}; `phi3v list` shows the ids")
 
@@ -167,8 +165,7 @@ class KeyStore:
         `count` nothing is counted nor refused: it is the allowance as it stands, `reset` 0 if nothing counts.
         """
         with self._transaction(window=True) as db:
-            now = int(self._clock() * 1e6)
-            sql = db.execute
+            now, sql = int(self._clock() * 1e6), db.execute
             sql("DELETE FROM hits WHERE at <= ?", (now - WINDOW,))
             # After the clock was set back, later hits would lock the key out until it catches up.
             sql("UPDATE hits SET at = ? WHERE at > ?", (now, now))
@@ -180,12 +177,11 @@ class KeyStore:
             query = "SELECT at FROM hits WHERE key = ? ORDER BY at LIMIT 1 OFFSET ?"
             oldest = sql(query, (key.id, max(used - key.rate_limit, 0))).fetchone()
         reset = max(1, math.ceil((oldest[0] + WINDOW - now) / 1e6)) if oldest else 0
+        allowance = Allowance(key.rate_limit, max(left - count, 0), reset)
         if left or not count:
-            return Allowance(key.rate_limit, left - count, reset)
-        raise RateLimited(
-            f"this key's {key.rate_limit} requests per minute are used up; try again in {reset} s",
-            headers={"Retry-After": str(reset)} | Allowance(key.rate_limit, 0, reset).headers(),
-        )
+            return allowance
+        message = f"this key's {key.rate_limit} requests per minute are used up; try again in {reset} s"
+        raise RateLimited(message, headers={"Retry-After": str(reset)} | allowance.headers())
 
     def record(self, key: Key, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
         """Add one request and its tokens to the key's usage: in memory, and within FLUSH to the file."""

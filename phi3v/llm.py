@@ -1,50 +1,37 @@
 """Text and pictures in, text out: where embedded use enters, and all that the server knows of the model.
 
-Knows nothing of HTTP or JSON. Pictures are decoded and tokens become text on the caller's thread, so that the
-engine's only steps.
+Knows nothing of HTTP or JSON. Pictures are decoded and tokens become text on the caller's thread; the engine's steps.
 """
 
 import json
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import NoneType
 
 import numpy as np
 
-from . import images, model
+from . import __version__, images, model
 from .cache import shared_length
 from .engine import Engine
 from .errors import RequestError, SetupError
-from .request import (
-    DEFAULT_MAX_TOKENS,
-    Chat,
-    Delta,
-    Picture,
-    Request,
-    SamplingParams,
-    check_text,
-    image_bytes,
-    question,
-)
+from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, check_text, image_bytes, question
 from .sequences import Generation, Prompt
-from .tokenizer import Decoder, Tokenizer
+from .tokenizer import Decoder, Parts, Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 
 log = logging.getLogger("phi3v")
 
 
-class LLM:
+class LLM(AbstractContextManager):
     """A model that answers; safe from any thread. `name` is "demo", a checkpoint folder or a hub id.
 
-    Returns at once while the engine loads; `wait` waits for it. `limits` are those of `Engine`. Raises SetupError for
-    what is no checkpoint.
+    `limits` are those of `Engine`. Returns while it loads: `wait` waits. Raises SetupError for what is no checkpoint.
     """
 
     def __init__(self, name: str = "demo", **limits):
@@ -58,9 +45,8 @@ class LLM:
             self._num_crops, ends = _folder_defaults(folder)
         self._end_ids = self.tokenizer.end_ids | ends
         self._folder, self._engine = folder, Engine(partial(model.load, folder, self.config), **limits)
-
-    def __enter__(self) -> "LLM":
-        return self
+        self.stats = self._engine.stats
+        self.limits = self._engine.limits  # what runs at once, waits, fits and is kept; complete once it is loaded
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -70,14 +56,6 @@ class LLM:
         """One of "loading", "ok", "idle", "draining", "failed"."""
         return self._engine.status
 
-    @property
-    def limits(self) -> dict[str, int]:
-        """What runs at once, waits, fits and is kept; complete once the model is loaded."""
-        return self._engine.limits
-
-    def stats(self) -> dict[str, float]:
-        return self._engine.stats()
-
     def wait(self) -> None:
         """Return when the model is loaded; raise SetupError when it cannot be."""
         with _told(self._folder):
@@ -86,31 +64,29 @@ class LLM:
     def generate(self, prompt: str | list[str], images: list | None = None, **params) -> str | list[str]:
         """The whole answer, or a list of them for a list of prompts, which run as one batch.
 
-        `images` holds paths, bytes, PIL images or data: URLs; for a list of prompts one such list for each.
-        `params` are the fields of SamplingParams; with `n` there is a list of so many for each prompt in turn.
-        Raises RequestError for what cannot be answered.
+        `images` holds paths, bytes, PIL images or data: URLs; for a list of prompts one such list for each. `params`
+        are SamplingParams' fields; with `n` there are so many answers to each prompt in turn. Raises RequestError.
         """
         texts: dict[int, str] = defaultdict(str)
         with self.stream(prompt, images, **params) as deltas:
             for delta in deltas:
                 texts[delta.index] += delta.text
-        answers = [texts[index] for index in sorted(texts)]
+        answers = [text for _, text in sorted(texts.items())]
         return answers[0] if isinstance(prompt, str) and len(answers) == 1 else answers
 
     def stream(self, prompt: str | list[str], images: list | None = None, **params) -> "Deltas":
         """The answer as it is made. The arguments are those of `generate`; all errors of theirs are raised here."""
-        several = not isinstance(prompt, str)
-        if not isinstance(prompt, str | list | tuple) or not isinstance(images, list | tuple | NoneType):
+        several = isinstance(prompt, list | tuple)
+        prompts = list(prompt) if several else [prompt]
+        texts = prompts and all(isinstance(text, str) for text in prompts)
+        if not texts or not isinstance(images, list | tuple | NoneType):
             given = f"{type(prompt).__name__} and {type(images).__name__}"
             raise TypeError(f"prompt must be a string or a list of strings, images a list of pictures, not {given}")
-        prompts = list(prompt) if several else [prompt]
-        pictures = list(images or []) if several else [list(images or [])]
-        if not prompts or not all(isinstance(p, str) for p in prompts):
-            raise TypeError("prompt must be a string or a list of at least one")
-        if len(pictures) not in (0, len(prompts)):
+        pictures = list(images or [[]] * len(prompts)) if several else [images or []]
+        if len(pictures) != len(prompts):
             raise TypeError(f"images must hold {len(prompts)} lists, one for each prompt, not {len(pictures)}")
         chats = []
-        for i, (text, sources) in enumerate(zip(prompts, pictures or [[]] * len(prompts), strict=True)):
+        for i, (text, sources) in enumerate(zip(prompts, pictures, strict=True)):
             check_text("prompt", text)
             where = f"images[{i}]" if several else "images"
             chats.append(question(text, [Picture(source, f"{where}[{k}]") for k, source in enumerate(sources)]))
@@ -119,27 +95,26 @@ class LLM:
     def answer(self, request: Request, owner: str = "", patience: float | None = None) -> "Deltas":
         """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them.
 
-        What is kept of a request is only ever used for others of the same owner. Among the Deltas is a None after
-        `patience` seconds of silence.
+        What is kept is used for the same owner only. After `patience` seconds of silence there is a None for a Delta.
         """
-        prompts, decoders = [], []
+        params, prompts, decoders = request.params, [], []
         for chat in request.chats:
-            crops = [self._crops(picture, request.params) for picture in chat.pictures]
-            if request.params.choices:
-                prompts += self._choices(chat, crops, request, owner)
+            crops = [self._crops(picture, params) for picture in chat.pictures]
+            parts = self.tokenizer.chat(chat.messages)
+            if params.choices:
+                prompts += self._choices(parts, crops, request, owner)
                 continue
-            parts, slots = self.tokenizer.chat(chat.messages), [c.tokens for c in crops]
-            ids = self.tokenizer.encode(parts, slots, self._context())
+            ids = self._encode(parts, crops)
             most = self._room(len(ids), request)
             goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
-            for branch in range(request.params.n):
-                prompts.append(Prompt(ids, crops, most, self._end_ids, owner, request.params, branch))
-                decoders.append(self.tokenizer.decoder(request.params.stop, goes_on))
+            for branch in range(params.n):
+                prompts.append(Prompt(ids, crops, most, self._end_ids, owner, params, branch))
+                decoders.append(self.tokenizer.decoder(params.stop, goes_on))
         generation = self._engine.submit(prompts, patience)
-        lengths = [len(prompt.ids) for prompt in prompts]
-        if request.params.choices:
-            return Deltas(generation, _chosen(generation, prompts, request.params.choices))
-        return Deltas(generation, _pieces(generation, lengths, decoders))
+        if params.choices:
+            counts = [(len(p.ids) - len(p.targets) + 1, len(p.targets) - 1) for p in prompts]
+            return Deltas(generation, _chosen(generation, counts, params.choices))
+        return Deltas(generation, _pieces(generation, [len(p.ids) for p in prompts], decoders))
 
     def close(self) -> None:
         """Free the model; requests that still run fail."""
@@ -148,23 +123,24 @@ class LLM:
     def _crops(self, picture: Picture, params: SamplingParams) -> images.Crops:
         source, most = picture.source, picture.num_crops or params.num_crops or self._num_crops
         try:
-            return images.process(images.load(image_bytes(source) if _is_data_url(source) else source), most)
+            is_url = isinstance(source, str) and source[:5].lower() == "data:"
+            return images.process(images.load(image_bytes(source) if is_url else source), most)
         except RequestError as error:
             raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
 
-    def _choices(self, chat: Chat, crops: list[images.Crops], request: Request, owner: str) -> list[Prompt]:
+    def _encode(self, parts: Parts, crops: list[images.Crops]) -> list[int]:
+        return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
+
+    def _choices(self, parts: Parts, crops: list[images.Crops], request: Request, owner: str) -> list[Prompt]:
         """A prompt for each choice; its targets are what it adds to the beginning that all share, and the end."""
-        parts, slots = self.tokenizer.chat(chat.messages), [c.tokens for c in crops]
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)
-        ids = self.tokenizer.encode(parts[: turn + 1], slots, self._context())
-        ends = []
+        ids, ends = self._encode(parts[: turn + 1], crops), []
         for choice in request.params.choices:  # only the last turn is encoded again, since a choice may go on in it
-            ends.append(self.tokenizer.encode([*parts[turn:], choice], slots, self._context())[2:])
+            ends.append(self._encode([*parts[turn:], choice], crops)[2:])
             self._room(len(ids) + len(ends[-1]), request)
         shared = min(shared_length(np.array(ends[0]), np.array(end)) for end in ends)
-        last = (self.tokenizer.special["<|end|>"],)
-        rest = {"owner": owner, "params": request.params}
-        return [Prompt(ids + end, crops, 1, targets=(*end[shared:], *last), **rest) for end in ends]
+        last, rest = self.tokenizer.special["<|end|>"], {"owner": owner, "params": request.params}
+        return [Prompt(ids + end, crops, 1, targets=(*end[shared:], last), **rest) for end in ends]
 
     def _context(self) -> int:
         """The most tokens of a prompt and its answer: what the model takes, and this machine's memory."""
@@ -178,30 +154,19 @@ class LLM:
             param = "messages" if request.clamp else "prompt"
             raise RequestError(f"the prompt has {prompt_tokens} tokens, the context {context}: shorten it", param)
         if asked is not None and asked > room and not request.clamp:
-            raise RequestError(
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}: more than the context of {context}",
-                "max_tokens",
-            )
+            given = f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}"
+            raise RequestError(f"{given}: more than the context of {context}", "max_tokens")
         return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
 
 
-class Deltas:
-    """The pieces of a request's answers as they come: an iterator, and a context manager that cancels on leaving.
-
-    One that is dropped, as by `break` in a `for` loop, cancels too.
-    """
+class Deltas(AbstractContextManager, Iterator):
+    """The pieces of a request's answers as they come; leaving the `with`, or dropping it by a `break`, cancels."""
 
     def __init__(self, generation: Generation, pieces: Iterator[Delta | None]):
         self._generation, self._pieces = generation, pieces
 
-    def __iter__(self) -> "Deltas":
-        return self
-
     def __next__(self) -> Delta | None:
         return next(self._pieces)
-
-    def __enter__(self) -> "Deltas":
-        return self
 
     def __exit__(self, *_) -> None:
         self._generation.cancel()
@@ -216,16 +181,13 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
             yield from () if item else (None,)
             continue
         index, token, reason = item
-        decoder, text = decoders[index], ""
-        if token is not None:
-            made[index] += 1
-            known = generation.logprobs[index]
-            text = decoder.push(token, known.popleft() if known else None)
-        if decoder.stopped and not reason:
+        decoder, known = decoders[index], generation.logprobs[index]
+        text = "" if token is None else decoder.push(token, known.popleft() if known else None)
+        made[index] += token is not None
+        text += decoder.finish() if reason and not decoder.stopped else ""
+        if decoder.stopped:
             generation.cancel(index)
-        if reason and not decoder.stopped:
-            text += decoder.finish()
-        reason = "stop" if decoder.stopped else reason
+            reason = "stop"
         if text or reason:
             counts = lengths[index], made[index], generation.cached[index]
             yield Delta(index, text, reason, *counts, decoder.logprobs())
@@ -235,9 +197,9 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
             return
 
 
-def _chosen(generation: Generation, prompts: list[Prompt], choices: tuple[str, ...]) -> Iterator[Delta | None]:
-    """One Delta for each question: the most probable of its choices, which are next to each other in `prompts`."""
-    left = [len(choices)] * (len(prompts) // len(choices))
+def _chosen(generation: Generation, counts: list[tuple], choices: tuple[str, ...]) -> Iterator[Delta | None]:
+    """One Delta for each question: the most probable of its choices, which are next to each other in `counts`."""
+    left = [len(choices)] * (len(counts) // len(choices))
     for item in generation:
         if item is None:
             yield None
@@ -246,21 +208,16 @@ def _chosen(generation: Generation, prompts: list[Prompt], choices: tuple[str, .
         left[chat] -= 1
         if not left[chat]:
             mine = slice(chat * len(choices), (chat + 1) * len(choices))
-            scores = generation.scores[mine]
-            total = max(scores) + math.log(sum(math.exp(score - max(scores)) for score in scores))
-            best = max(range(len(choices)), key=scores.__getitem__)
-            prompt = prompts[mine][best]
-            made = len(prompt.targets) - 1
-            probabilities = {c: math.exp(score - total) for c, score in zip(choices, scores, strict=True)}
-            counts = len(prompt.ids) - made, made, min(generation.cached[mine])
-            yield Delta(chat, choices[best], "stop", *counts, scores=probabilities)
+            scores = np.array(generation.scores[mine])
+            shares = np.exp(scores - np.logaddexp.reduce(scores)).tolist()
+            best = int(scores.argmax())
+            cached, shown = min(generation.cached[mine]), dict(zip(choices, shares, strict=True))
+            yield Delta(chat, choices[best], "stop", *counts[mine][best], cached, scores=shown)
 
 
 def _find(name: str) -> Path:
     """The folder of a checkpoint: the embedded one, a folder, or what the hub's cache on this machine holds."""
-    if name == "demo":
-        return DEMO
-    folder = Path(name).expanduser()
+    folder = DEMO if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -273,10 +230,8 @@ def _find(name: str) -> Path:
         return hf_repo_to_path(name)
     except Exception as error:  # huggingface_hub's errors differ from version to version
         log.debug("hub id %r was not found in the cache: %s", name, error)
-        raise SetupError(
-            f"{name} is neither a folder nor in this machine's Hugging Face cache: fetch it with"
-            f" `hf download {name}`, or try --model demo, which needs no download"
-        ) from None
+        advice = f"fetch it with `hf download {name}`, or try --model demo, which needs no download"
+        raise SetupError(f"{name} is neither a folder nor in this machine's Hugging Face cache: {advice}") from None
 
 
 @contextmanager
@@ -293,8 +248,6 @@ def _told(folder: Path) -> Iterator[None]:
 def _checkpoint_name(name: str, folder: Path) -> str:
     """What `system_fingerprint` says: demo-VERSION, the folder's name, or hub id and revision."""
     if folder == DEMO:
-        from . import __version__
-
         return f"demo-{__version__}"
     return f"{name}@{folder.name[:12]}" if folder.parent.name == "snapshots" else folder.resolve().name
 
@@ -312,7 +265,3 @@ def _folder_defaults(folder: Path) -> tuple[int, frozenset[int]]:
     ends = frozenset([ends] if isinstance(ends, int) else ends)
     SamplingParams(num_crops=crops)
     return crops, ends
-
-
-def _is_data_url(source) -> bool:
-    return isinstance(source, str) and source[:5].lower() == "data:"

@@ -93,11 +93,10 @@ class Config:
 
     def _check(self, path: Path, rope_type: str, raw: dict) -> None:
         for part in (self, self.vision):
-            for field in fields(part):
+            for field in [f for f in fields(part) if f.type in (int, float) and f.name != "layer_idx"]:
                 value = getattr(part, field.name)
-                if field.type in (int, float) and field.name != "layer_idx":
-                    if type(value) not in (int, field.type) or not 0 < value < math.inf:
-                        raise SetupError(f"{path}: {field.name} is {value!r}, not a number above 0")
+                if type(value) not in (int, field.type) or not 0 < value < math.inf:
+                    raise SetupError(f"{path}: {field.name} is {value!r}, not a number above 0")
             if part.hidden_size % part.num_attention_heads:
                 raise SetupError(f"{path}: hidden_size {part.hidden_size} is no multiple of num_attention_heads")
         supported = {
@@ -145,15 +144,16 @@ class Phi3V(nn.Module):
 
 
 def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = None) -> Phi3V:
-    """The model in a folder, evaluated; call it on the thread that will run it.
-
-    `dtype` None is float32 on a CPU, where shorter floats are slow, and the file's own on a GPU.
-    """
+    """The model in a folder, evaluated on the thread that is to run it; `dtype` None is the file's, or a CPU's best."""
     model, tensors = Phi3V(config or Config.read(folder)), {}
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
-        dtype = mx.float32
+        dtype = mx.float32  # shorter floats are slow there
     for path in _weight_files(Path(folder)):
-        tensors |= _read(path)
+        try:
+            with safe_open(path, "numpy"):  # checks what MLX does not: that offsets fit the file, shapes and each other
+                tensors |= mx.load(str(path))  # not evaluated yet
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
     _quantize(model, tensors, folder)
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
     _check_names(wanted, tensors, model.config.vision.layers_used, folder)
@@ -174,24 +174,13 @@ def _weight_files(folder: Path) -> list[Path]:
             paths = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise SetupError(f"{index} is damaged: it has no weight_map") from None
-    for path in paths:
-        if path != folder / path.name:
-            raise SetupError(f"{index} names {str(path)!r}, which is not a file of its folder")
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
+    if outside := [str(path) for path in paths if path != folder / path.name]:
+        raise SetupError(f"{index} names {outside[0]!r}, which is not a file of its folder")
+    if missing := [path.name for path in paths if not path.exists()]:
         raise SetupError(f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}")
     if not paths:
         raise SetupError(f"{folder} is no checkpoint folder: it has no .safetensors file (phi3v reads no other format)")
     return paths
-
-
-def _read(path: Path) -> dict[str, mx.array]:
-    """The tensors of a file, not evaluated yet."""
-    try:
-        with safe_open(path, "numpy"):  # checks what MLX does not: that all offsets fit the file, shapes and each other
-            return mx.load(str(path))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
 
 
 def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:

@@ -7,7 +7,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -27,9 +27,8 @@ GRAIN, SPARE = (64, 7) if mx.cuda.is_available() else (1, 0)
 class Prompt:
     """`ids` with −k in the slots of `images[k-1]`; generation ends at one of `end_ids` or after `max_tokens`.
 
-    `owner` is who asks: what is kept for one owner is never used for another, and owners take turns. `branch` tells
-    the `n` answers to one prompt apart. With `targets` nothing is generated: they are scored, as what follows each of
-    the last ids.
+    `owner` is who asks: owners take turns, and what is kept for one is never used for another. `branch` tells the `n`
+    answers to one prompt apart. With `targets` nothing is made: they are scored, as what follows each of the last ids.
     """
 
     ids: list[int]
@@ -45,17 +44,15 @@ class Prompt:
 class Generation:
     """The tokens of one submission: iterate for (index of the prompt, token, finish reason or None).
 
-    The token that ends a sequence is not shown: its item has None for it. Raises what went wrong in the engine.
-    `cached[index]` says how many tokens of a prompt did not have to be read again, once its first token is there;
-    `logprobs[index]` are waiting for those tokens that come, and `scores[index]` is the sum of the targets'. After
-    `patience` seconds of silence there is a None between the items.
+    The token that ends a sequence is not shown: its item has None for it. Raises what went wrong in the engine. After
+    `patience` seconds of silence there is a None between the items. `cached[index]` says how many tokens of a prompt
+    were not read again, once its first token is there; `logprobs[index]` wait for the tokens that come, and
+    `scores[index]` is the sum of the targets'.
     """
 
     def __init__(self, prompts: int, patience: float | None = None):
-        self.cancelled = [False] * prompts
-        self.cached = [0] * prompts
+        self.cancelled, self.cached, self.scores = [False] * prompts, [0] * prompts, [0.0] * prompts
         self.logprobs: list[deque] = [deque() for _ in range(prompts)]
-        self.scores = [0.0] * prompts
         self.items: queue.SimpleQueue = queue.SimpleQueue()  # what the engine puts there
         self._left, self._patience = prompts, patience
 
@@ -83,28 +80,23 @@ class Sequence:
     """A prompt on its way through the engine; only the engine's thread changes it."""
 
     def __init__(self, prompt: Prompt, index: int, generation: Generation):
-        self.prompt, self.index, self.generation = prompt, index, generation
-        self.arrived = time.monotonic()
-        self.images = list(prompt.images)
+        self.prompt, self.images = replace(prompt, images=[]), list(prompt.images)  # these lose their pixels once read
+        self.index, self.generation = index, generation
+        self.arrived, self.most = time.monotonic(), len(prompt.ids) + prompt.max_tokens
         self.features: list[mx.array | None] = [None] * len(prompt.images)
         self.made: list[int] = []
-        self.flying = 0  # tokens that the model was asked for and that were not looked at yet
-        self.done = False
+        self.flying, self.done = 0, False  # flying: tokens that the model was asked for and that nobody looked at yet
         self.cache: KVCache | None = None  # its own while it is read, a batch's row later
         self.content = np.array(prompt.ids)  # what is compared with other prompts: digests in the slots of pictures
         self.sampler = Sampler(prompt.params, self.content.copy(), prompt.branch)
         for k, crops in enumerate(prompt.images, 1):
             self.content[self.content == -k] = crops.digest
-        self.score: mx.array | float = 0.0
+        self.score: mx.array | float = 0.0  # of the targets so far
 
     @property
     def length(self) -> int:
         """Of the whole sequence, the token that is being made included."""
         return len(self.prompt.ids) + len(self.made) + self.flying
-
-    @property
-    def most(self) -> int:
-        return len(self.prompt.ids) + self.prompt.max_tokens
 
     @property
     def first(self) -> int:
@@ -120,8 +112,8 @@ class Sequence:
         self.long, self.ids = long, np.array(self.prompt.ids + self.made)
         self.slots = np.zeros(len(self.ids), int)
         for k, crops in enumerate(self.images, 1):
-            here = np.flatnonzero(self.ids == -k)
-            self.slots[here] = np.arange(len(here)) % crops.tokens
+            here = self.ids == -k
+            self.slots[here] = np.arange(here.sum()) % crops.tokens
         self.cache, self.read = found or (KVCache(layers), 0)
         self.cache.reserve(filled(len(self.ids)))
 
@@ -131,25 +123,22 @@ class Sequence:
 
     def unseen(self) -> list[int]:
         """The numbers, from 0, of the pictures whose features the unread part needs and does not have."""
-        missing = [k for k, features in enumerate(self.features) if features is None]
-        return [k for k in missing if (self.ids[self.read :] == -k - 1).any()]
+        rest = self.ids[self.read :]
+        return [k for k, features in enumerate(self.features) if features is None and (rest == -k - 1).any()]
 
     def piece(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The next ids and slots to read, filled up with what is not kept."""
-        end = self.read + count
-        return tuple(np.pad(x[self.read : end], (0, filled(count) - count)) for x in (self.ids, self.slots))
+        some = slice(self.read, self.read + count)
+        return tuple(np.pad(x[some], (0, filled(count) - count)) for x in (self.ids, self.slots))
 
 
 @dataclass
 class Batch:
-    """Sequences that run together: row r of the cache is sequences[r], None one that has ended.
-
-    `tokens` (rows,) are their last ones, which may not have been computed yet.
-    """
+    """Sequences that run together: row r of the cache is sequences[r], None one that has ended."""
 
     sequences: list[Sequence | None]
     cache: KVCache
-    tokens: mx.array
+    tokens: mx.array  # (rows,) their last ones, which may not have been computed yet
 
     def join(self, sequence: Sequence, token: mx.array) -> None:
         row = self.sequences.index(None) if None in self.sequences else len(self.sequences)

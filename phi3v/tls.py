@@ -64,8 +64,7 @@ def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "l
         _write(key, 0o600, ["ecparam", "-name", "prime256v1", "-genkey", "-noout"])
     notice = f"made the certificate {cert}, valid for {DAYS} days and {', '.join(host_names(host))}"
     if cert.exists():
-        ours, left, names = _inspect(cert)
-        name = public_name(host)
+        (ours, left, names), name = _inspect(cert), public_name(host)
         if left > WARN_SECONDS:
             if name in names or "*." + name.partition(".")[2] in names:
                 return []
@@ -103,11 +102,10 @@ def fingerprint(certfile: str | Path) -> str:
 
 
 def _make_certificate(cert: Path, key: Path, names: list[str]) -> None:
-    address = re.compile(r"([0-9]+\.){3}[0-9]+|.*:.*")
-    alternatives = ", ".join(("IP:" if address.fullmatch(name) else "DNS:") + name for name in names)
+    names = [("IP:" if re.fullmatch(r"([0-9]+\.){3}[0-9]+|.*:.*", name) else "DNS:") + name for name in names]
     with tempfile.NamedTemporaryFile("w", suffix=".cnf") as config:
         # Our own -config: the system's may be missing or add extensions of its own.
-        config.write(CONFIG.format(names=alternatives))
+        config.write(CONFIG.format(names=", ".join(names)))
         config.flush()
         request = ["req", "-key", str(key), "-new", "-x509", "-sha256", "-days", str(DAYS), "-config", config.name]
         _write(cert, 0o644, [*request, "-passin", "pass:"])  # or openssl would ask for an encrypted key's password

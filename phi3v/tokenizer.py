@@ -1,12 +1,13 @@
 """Messages → token ids (image slots included), and ids → text as it comes.
 
-Knows nothing of pixels or of the model. The special tokens of a prompt come from here alone: text that
-a user wrote is encoded by a tokenizer that has none, so `<|end|>` in it is seven characters.
+Knows nothing of pixels or of the model. The special tokens of a prompt come from here alone: text that a user wrote
+is encoded by a tokenizer that has none, so `<|end|>` in it is seven characters.
 """
 
 import codecs
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import Tokenizer as Encoder
@@ -49,24 +50,21 @@ class Tokenizer:
         self.largest_id = max(0, *vocabulary.values(), *self.special.values())
         self._longest = max(map(len, vocabulary), default=0)
         self._bytes = {i: _token_bytes(token) for token, i in vocabulary.items()}
-        self._bytes |= {i: b"" for i in self.special.values()}
+        self._bytes |= dict.fromkeys(self.special.values(), b"")
 
     def chat(self, messages: list[tuple[str, Parts]]) -> Parts:
-        """The checkpoint's chat template: `<|role|>\\n` content `<|end|>\\n` for each, then the assistant's turn.
-
-        A last message that is the assistant's stays open.
-        """
+        """The checkpoint's chat template: `<|role|>\\n` content `<|end|>\\n` for each, then the assistant's turn."""
         parts: Parts = []
         for role, content in messages:
             parts += [self.special[f"<|{role}|>"], "\n", *content, self.special["<|end|>"], "\n"]
-        opened = messages[-1][0] == "assistant"
+        opened = messages[-1][0] == "assistant"  # it stays open
         return parts[:-2] if opened else [*parts, self.special["<|assistant|>"], "\n"]
 
     def encode(self, parts: Parts, slots: list[int], most: int) -> list[int]:
         """Token ids, with −k repeated `slots[k-1]` times for picture k; RequestError when they cannot fit in `most`.
 
-        As the reference does it, the text before, between and after pictures is encoded piece by piece,
-        each piece with a <s> of its own, and within a piece each run between two special tokens.
+        As in the reference, the text before, between and after pictures is encoded piece by piece, each with a <s> of
+        its own, and within a piece each run between two special tokens.
         """
         taken = sum(slots[-part - 1] for part in parts if not isinstance(part, str) and part < 0)
         if taken > most:  # told before the list is made, which a short prompt can make of any length
@@ -74,17 +72,14 @@ class Tokenizer:
         characters = sum(len(part) for part in parts if isinstance(part, str))
         if characters > most * self._longest:  # so much text would be encoded for minutes
             raise RequestError(f"the prompt has {characters:,} characters, too many for {most:,} tokens")
-        ids, run = [self.bos], ""
-        for part in [*parts, None]:  # None ends the last run
-            if isinstance(part, str):
-                run += part
+        ids = [self.bos]
+        for is_text, run in groupby(parts, lambda part: isinstance(part, str)):
+            if is_text:
+                text = "".join(run).lstrip(WHITE_SPACE if ids[-1] in self._swallows else "")
+                # The batch call, because it lets other threads run: a megabyte takes a second.
+                ids += self._plain.encode_batch_fast([text])[0].ids if text else []
                 continue
-            if ids[-1] in self._swallows:
-                run = run.lstrip(WHITE_SPACE)
-            # The batch call, because it lets other threads run: a megabyte takes a second.
-            ids += self._plain.encode_batch_fast([run])[0].ids if run else []
-            run = ""
-            if part is not None:
+            for part in run:
                 ids += [part] if part >= 0 else [part] * slots[-part - 1] + [self.bos]
         return ids
 
@@ -103,20 +98,15 @@ class Decoder:
     def __init__(self, table: dict[int, bytes], stop: tuple[str, ...] = (), goes_on: bool = False):
         self._table, self._stop, self._started = table, stop, goes_on
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held, self._shown = "", 0  # text, and characters
+        self._held, self._shown, self.stopped = "", 0, False  # text, and characters
         self._waiting: list[tuple[int, TokenLogprob]] = []  # by the character with which each begins
-        self.stopped = False
 
     def push(self, token: int, logprobs: tuple[float, list[tuple[int, float]]] | None = None) -> str:
-        """What can be shown after `token`; special tokens and ids beyond the vocabulary are empty text.
-
-        `logprobs` are the token's own and (id, logprob) of its alternatives.
-        """
+        """What can be shown after `token`, which may be nothing; `logprobs`: its own, (id, logprob) of alternatives."""
+        data = self._data(token)
         if logprobs:
             top = [(self._data(other), value) for other, value in logprobs[1]]
-            shown = TokenLogprob(self._data(token), logprobs[0], top)
-            self._waiting.append((self._shown + len(self._held), shown))
-        data = self._data(token)
+            self._waiting.append((self._shown + len(self._held), TokenLogprob(data, logprobs[0], top)))
         self._started |= bool(self._table.get(token))
         return self._show(self._utf8.decode(data))
 
@@ -131,7 +121,7 @@ class Decoder:
         return ready
 
     def _data(self, token: int) -> bytes:
-        data = self._table.get(token, b"")
+        data = self._table.get(token, b"")  # special tokens and ids beyond the vocabulary are empty text
         return data if self._started else data.removeprefix(b" ")  # the first word's own space
 
     def _show(self, text: str, final: bool = False) -> str:
