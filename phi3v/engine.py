@@ -127,7 +127,7 @@ class Engine:
             if self.status not in ("ok", "idle"):
                 raise Unavailable(f"the model is {self.status}")
             if len(self._alive) + len(prompts) > most:
-                raise Unavailable(f"{len(self._alive)} sequences wait or run, at most {most} may")
+                raise Unavailable(f"the queue is full: {len(self._alive)} of {most} sequences run or wait")
             self._alive.update(arrived)
             self._arrived += arrived
             self._changed.notify()

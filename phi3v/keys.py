@@ -181,7 +181,9 @@ class KeyStore:
         if left or not count:
             return allowance
         message = f"this key's {key.rate_limit} requests per minute are used up; try again in {reset} s"
-        raise RateLimited(message, headers={"Retry-After": str(reset)} | allowance.headers())
+        # The second is for clients in OpenAI's manner: one takes less than 60 s only, which the first rounds up to.
+        retry = {"Retry-After": str(reset), "Retry-After-Ms": str(math.ceil((oldest[0] + WINDOW - now) / 1e3))}
+        raise RateLimited(message, headers=retry | allowance.headers())
 
     def record(self, key: Key, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
         """Add one request and its tokens to the key's usage: in memory, and within FLUSH to the file."""

@@ -150,7 +150,7 @@ def test_a_cancelled_request_ends_and_makes_room_and_the_others_go_on(engine):
 def test_a_full_queue_refuses_and_takes_again(engine):
     prompt, greedy = single("tiny-su.text_short")
     held = engine.submit([Prompt(prompt.ids, [], 1500)] * 3)
-    with pytest.raises(Unavailable, match="3 sequences wait or run, at most 4") as caught:
+    with pytest.raises(Unavailable, match="the queue is full: 3 of 4 sequences") as caught:
         engine.submit([prompt, prompt])
     assert caught.value.headers == {"Retry-After": "5"}
     assert run(engine, prompt) == [greedy]

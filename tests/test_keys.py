@@ -45,8 +45,10 @@ def wait(store, key) -> int:
         return 0 * store.take(key).limit
     except RateLimited as error:
         seconds, limit = error.headers["Retry-After"], str(key.rate_limit)
+        milliseconds = error.headers["Retry-After-Ms"]
         rest = {"X-RateLimit-Limit": limit, "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": seconds}
-        assert error.status == 429 and error.headers == {"Retry-After": seconds} | rest
+        assert error.status == 429 and error.headers == {"Retry-After": seconds, "Retry-After-Ms": milliseconds} | rest
+        assert 0 <= int(seconds) * 1000 - int(milliseconds) < 1000
         return int(seconds)
 
 
