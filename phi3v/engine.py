@@ -117,7 +117,9 @@ class Engine:
         """Queue prompts that start together; raises Unavailable when the engine cannot take them."""
         most, context, generation = self.limits["queue"], self.limits["context"], Generation(len(prompts), patience)
         if len(prompts) > most:
-            raise RequestError(f"{len(prompts)} prompts at once, at most {most} may be", "prompt")
+            raise RequestError(
+                f"{len(prompts)} sequences (prompts × n or choices) are over the queue's {most}", "prompt"
+            )
         for p in prompts:
             if not p.ids or len(p.ids) + p.max_tokens > (context or math.inf):
                 given = f"{len(p.ids)} tokens with an answer of {p.max_tokens}"
@@ -269,7 +271,7 @@ class Engine:
     def _gains(self, s: Sequence, other: Sequence) -> bool:
         """Whether it is quicker to wait until another prompt, which begins alike, is read, than to read it as well."""
         alike = self._cache.most and other.prompt.owner == s.prompt.owner and other.long == self._key(s)[0]
-        return alike and 2 * (shared_length(s.content, other.content) - other.read) >= other.unread
+        return alike and 2 * shared_length(s.content, other.content) >= other.unread
 
     def _look(self) -> None:
         """Make the features of pictures that those being read need next: of one at least, else up to CROPS crops."""

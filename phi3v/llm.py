@@ -97,14 +97,16 @@ class LLM(AbstractContextManager):
 
         What is kept is used for the same owner only. After `patience` seconds of silence there is a None for a Delta.
         """
-        params, prompts, decoders = request.params, [], []
+        params, prompts, decoders, counts = request.params, [], [], []
         for chat in request.chats:
             crops = [self._crops(picture, params) for picture in chat.pictures]
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
-                prompts += self._choices(parts, crops, request, owner)
+                mine, length = self._choices(parts, crops, request, owner)
+                prompts += mine
+                counts += [(length, len(p.ids) - length) for p in mine]
                 continue
-            ids = self._encode(parts, crops)
+            ids = self._encode(parts, crops, request)
             most = self._room(len(ids), request)
             goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
             for branch in range(params.n):
@@ -112,7 +114,6 @@ class LLM(AbstractContextManager):
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
         generation = self._engine.submit(prompts, patience)
         if params.choices:
-            counts = [(len(p.ids) - len(p.targets) + 1, len(p.targets) - 1) for p in prompts]
             return Deltas(generation, _chosen(generation, counts, params.choices))
         return Deltas(generation, _pieces(generation, [len(p.ids) for p in prompts], decoders))
 
@@ -128,19 +129,25 @@ class LLM(AbstractContextManager):
         except RequestError as error:
             raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
 
-    def _encode(self, parts: Parts, crops: list[images.Crops]) -> list[int]:
-        return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
+    def _encode(self, parts: Parts, crops: list[images.Crops], request: Request) -> list[int]:
+        try:
+            return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
+        except RequestError as error:
+            raise RequestError(error.message, "messages" if request.clamp else error.param) from None
 
-    def _choices(self, parts: Parts, crops: list[images.Crops], request: Request, owner: str) -> list[Prompt]:
-        """A prompt for each choice; its targets are what it adds to the beginning that all share, and the end."""
+    def _choices(self, parts: Parts, crops: list[images.Crops], request: Request, owner: str):
+        """A prompt for each choice, whose targets are what it adds to what all share, and the end; their own length."""
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)
-        ids, ends = self._encode(parts[: turn + 1], crops), []
+        ids, ends = self._encode(parts[: turn + 1], crops, request), []
+        length = len(ids) + len(self._encode(parts[turn:], crops, request)[2:])
         for choice in request.params.choices:  # only the last turn is encoded again, since a choice may go on in it
-            ends.append(self._encode([*parts[turn:], choice], crops)[2:])
+            ends.append(self._encode([*parts[turn:], choice], crops, request)[2:])
             self._room(len(ids) + len(ends[-1]), request)
+        if len(set(map(tuple, ends))) < len(ends):
+            raise RequestError("two of the choices are the same tokens: they differ in leading space only", "choices")
         shared = min(shared_length(np.array(ends[0]), np.array(end)) for end in ends)
         last, rest = self.tokenizer.special["<|end|>"], {"owner": owner, "params": request.params}
-        return [Prompt(ids + end, crops, 1, targets=(*end[shared:], last), **rest) for end in ends]
+        return [Prompt(ids + end, crops, 1, targets=(*end[shared:], last), **rest) for end in ends], length
 
     def _context(self) -> int:
         """The most tokens of a prompt and its answer: what the model takes, and this machine's memory."""
@@ -199,14 +206,17 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
 
 def _chosen(generation: Generation, counts: list[tuple], choices: tuple[str, ...]) -> Iterator[Delta | None]:
     """One Delta for each question: the most probable of its choices, which are next to each other in `counts`."""
-    left = [len(choices)] * (len(counts) // len(choices))
+    left, cancelled = [len(choices)] * (len(counts) // len(choices)), set()
     for item in generation:
         if item is None:
             yield None
             continue
         chat = item[0] // len(choices)
         left[chat] -= 1
-        if not left[chat]:
+        cancelled |= {chat} if item[2] == "cancelled" else set()
+        if not left[chat] and chat in cancelled:
+            yield Delta(chat, "", "cancelled")
+        elif not left[chat]:
             mine = slice(chat * len(choices), (chat + 1) * len(choices))
             scores = np.array(generation.scores[mine])
             shares = np.exp(scores - np.logaddexp.reduce(scores)).tolist()

@@ -18,6 +18,7 @@ MAX_MESSAGES = 256
 MAX_IMAGES = 16  # pictures of one prompt; at 2,509 tokens each they fill a third of the context
 MAX_PICTURES = 32  # of one request: each is up to 23 MB of crops until its turn comes
 MAX_DEPTH = 32  # of the JSON; ours needs 6
+MAX_MARKS = 500_000  # brackets, commas and colons: twenty megabytes of them would hold up everybody for a second
 ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant"}
 # Fields that would change the answer and are not there: what they may hold because it changes nothing.
 UNSUPPORTED = {
@@ -28,6 +29,8 @@ UNSUPPORTED = {
     "modalities": (["text"],),
     "audio": (),
     "best_of": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
     "echo": (False,),
     "suffix": ("",),
 }
@@ -37,6 +40,8 @@ KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 
 def parse_json(raw: bytes) -> dict:
     """A JSON object out of a body; strict where Python's parser is lenient."""
+    if sum(map(raw.count, (b"{", b"[", b",", b":"))) > MAX_MARKS:
+        raise RequestError(f"the body has over {MAX_MARKS:,} brackets, commas and colons")
     try:
         body = json.loads(raw.decode("utf-8"), parse_float=_real, parse_constant=_no_constant)
     except UnicodeDecodeError:
@@ -107,7 +112,7 @@ def parse_chat(body: dict, max_tokens: int) -> Request:
 
 def streaming(body: dict) -> tuple[bool, bool]:
     """Whether the answer is wanted as it is made, and its token counts at the end of that."""
-    options = body.get("stream_options") or {}
+    options = {} if body.get("stream_options") is None else body["stream_options"]
     if not isinstance(options, dict):
         raise RequestError(f"stream_options must be an object, not {kind_of(options)}", "stream_options")
     return _flag(body, "stream"), _flag(options, "include_usage", "stream_options.")
@@ -129,12 +134,11 @@ class Answer:
             "system_fingerprint": checkpoint,
         }
         self._last: dict[int, Delta] = {}
-        self._shown = [b""] * self._count  # the bytes of the tokens whose log-probabilities were shown
 
     @property
     def counts(self) -> dict[str, int]:
-        """The tokens so far; a prompt that is answered `n` times counts once."""
-        prompts = [delta for index, delta in self._last.items() if index % self._n == 0]
+        """The tokens so far; a prompt that is answered `n` times counts once, as its first answer has it."""
+        prompts = {index // self._n: self._last[index] for index in sorted(self._last, reverse=True)}.values()
         return {
             "prompt_tokens": sum(delta.prompt_tokens for delta in prompts),
             "completion_tokens": sum(delta.completion_tokens for delta in self._last.values()),
@@ -193,22 +197,18 @@ class Answer:
         if logprobs and self._chat:
             shown = {"content": [_chat_logprob(entry) for entry in logprobs], "refusal": None}
         elif logprobs:
-            shown = self._completion_logprobs(delta.index, logprobs)
+            shown = self._completion_logprobs(logprobs)
         elif delta.scores:
             shown = ({"content": None} if self._chat else {}) | {"scores": delta.scores}
         return {"index": delta.index, **body, "logprobs": shown, "finish_reason": delta.finish_reason}
 
-    def _completion_logprobs(self, index: int, logprobs: list) -> dict:
-        """The shape of /v1/completions; `text_offset` is in characters, tokens that are no whole ones as hex bytes."""
-        offsets = []
-        for entry in logprobs:
-            offsets.append(len(self._shown[index].decode(errors="ignore")))
-            self._shown[index] += entry.token
+    def _completion_logprobs(self, logprobs: list) -> dict:
+        """The shape of /v1/completions; of alternatives that read the same, the best counts."""
         return {
             "tokens": [_shown(entry.token) for entry in logprobs],
             "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
-            "top_logprobs": [{_shown(token): _finite(value) for token, value in entry.top} for entry in logprobs],
-            "text_offset": offsets,
+            "top_logprobs": [{_shown(token): _finite(value) for token, value in entry.top[::-1]} for entry in logprobs],
+            "text_offset": [entry.start for entry in logprobs],
         }
 
 
@@ -223,15 +223,17 @@ def render(body: dict) -> bytes:
 
 
 def sse(body: dict) -> bytes:
-    """One server-sent event; JSON has no line breaks of its own."""
-    return b"data: " + render(body) + b"\n\n"
+    """One server-sent event, without the characters that some clients take for the end of a line."""
+    text = render(body).decode().replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
+    return f"data: {text}\n\n".encode()
 
 
 def _params(body: dict, **given) -> SamplingParams:
     """The options of both routes; fields that nobody knows are left alone, those that we lack are not."""
     for name, harmless in UNSUPPORTED.items():
-        if body.get(name) is not None and body[name] not in harmless:
-            allowed = " or ".join(["leave it out", *(json.dumps(value) for value in harmless)])
+        allowed = [json.dumps(value) for value in harmless]  # as text, or true would be 1
+        if body.get(name) is not None and json.dumps(body[name]) not in allowed:
+            allowed = " or ".join(["leave it out", *allowed])
             raise RequestError(f"{name} is not supported with this value: {allowed}", name)
     return SamplingParams(**{o.name: body[o.name] for o in fields(SamplingParams) if o.name in body} | given)
 

@@ -97,11 +97,13 @@ class Request(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token's bytes, its natural log-probability, and the same of the most probable ones, best first."""
+    """A token's bytes, its natural log-probability, the same of the most probable ones, best first, and where in the
+    text, in characters, it begins."""
 
     token: bytes
     logprob: float
     top: list[tuple[bytes, float]]
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def health(self, length: int | None) -> None:
         status = self.server.llm.status
-        self._reply(200 if status in ("ok", "idle") else 503, {"status": status})
+        good = status in ("ok", "idle")
+        self._reply(200 if good else 503, {"status": status}, {} if good else {"Retry-After": "5"})
 
     def metrics(self, length: int | None) -> None:
         self._authorize()
@@ -167,13 +168,13 @@ class Handler(BaseHTTPRequestHandler):
         self._reply(200, model)
 
     def completions(self, length: int | None) -> None:
-        self._authorize()
-        if self.headers.get_content_type() != "application/json":
+        is_json = self.headers.get_content_type() == "application/json"
+        self._authorize(counted=is_json and length is not None)
+        if not is_json:
             given = self.headers.get("Content-Type", "missing")
             raise errors.UnsupportedType(f"the Content-Type must be application/json, not {given!r:.100}")
         if length is None:
             raise errors.LengthRequired("the request needs a Content-Length; chunked bodies are not taken")
-        self._allowance = self.server.keys.take(self._key).headers()
         answer = None
         try:
             body, chat = protocol.parse_json(self._read(length)), self._route == CHAT
@@ -213,10 +214,9 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(errors.RequestError):  # logged by the store; the answer is not worth less for it
             self.server.keys.record(self._key, *(counts.get(f"{of}_tokens", 0) for of in ("prompt", "completion")))
 
-    def _authorize(self) -> None:
+    def _authorize(self, counted: bool = False) -> None:
         self._key = self.server.keys.verify(self._secret())
-        if self.command != "POST":  # which counts, later, after the checks of its head
-            self._allowance = self.server.keys.take(self._key, count=False).headers()
+        self._allowance = self.server.keys.take(self._key, counted).headers()
 
     def _stream(self, events: Iterator[bytes]) -> None:
         """Send events as they come; what fails after the 200 is an event, too, and the last one."""

@@ -51,6 +51,7 @@ class Tokenizer:
         self._longest = max(map(len, vocabulary), default=0)
         self._bytes = {i: _token_bytes(token) for token, i in vocabulary.items()}
         self._bytes |= dict.fromkeys(self.special.values(), b"")
+        self._names = {i: name.encode() for name, i in self.special.items()}
 
     def chat(self, messages: list[tuple[str, Parts]]) -> Parts:
         """The checkpoint's chat template: `<|role|>\\n` content `<|end|>\\n` for each, then the assistant's turn."""
@@ -71,7 +72,7 @@ class Tokenizer:
             raise RequestError(f"the pictures take {taken:,} tokens, the context has {most:,}", "images")
         characters = sum(len(part) for part in parts if isinstance(part, str))
         if characters > most * self._longest:  # so much text would be encoded for minutes
-            raise RequestError(f"the prompt has {characters:,} characters, too many for {most:,} tokens")
+            raise RequestError(f"the prompt has {characters:,} characters, too many for {most:,} tokens", "prompt")
         ids = [self.bos]
         for is_text, run in groupby(parts, lambda part: isinstance(part, str)):
             if is_text:
@@ -85,7 +86,7 @@ class Tokenizer:
 
     def decoder(self, stop: tuple[str, ...] = (), goes_on: bool = False) -> "Decoder":
         """For one answer; `goes_on`: it continues a text, so that its first word keeps its space."""
-        return Decoder(self._bytes, stop, goes_on)
+        return Decoder(self._bytes, stop, goes_on, self._names)
 
 
 class Decoder:
@@ -95,18 +96,18 @@ class Decoder:
     stop string to be complete ends the text before it, however the tokens cut it, and sets `stopped`.
     """
 
-    def __init__(self, table: dict[int, bytes], stop: tuple[str, ...] = (), goes_on: bool = False):
-        self._table, self._stop, self._started = table, stop, goes_on
+    def __init__(self, table: dict[int, bytes], stop: tuple[str, ...] = (), goes_on: bool = False, names=()):
+        self._table, self._stop, self._started, self._names = table, stop, goes_on, dict(names)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held, self._shown, self.stopped = "", 0, False  # text, and characters
-        self._waiting: list[tuple[int, TokenLogprob]] = []  # by the character with which each begins
+        self._waiting: list[TokenLogprob] = []
 
     def push(self, token: int, logprobs: tuple[float, list[tuple[int, float]]] | None = None) -> str:
         """What can be shown after `token`, which may be nothing; `logprobs`: its own, (id, logprob) of alternatives."""
         data = self._data(token)
         if logprobs:
-            top = [(self._data(other), value) for other, value in logprobs[1]]
-            self._waiting.append((self._shown + len(self._held), TokenLogprob(data, logprobs[0], top)))
+            top = [(self._names.get(other) or self._data(other), value) for other, value in logprobs[1]]
+            self._waiting.append(TokenLogprob(data, logprobs[0], top, self._shown + len(self._held)))
         self._started |= bool(self._table.get(token))
         return self._show(self._utf8.decode(data))
 
@@ -116,7 +117,7 @@ class Decoder:
 
     def logprobs(self) -> list[TokenLogprob]:
         """Those of the tokens of which something was shown since the last call."""
-        ready = [entry for start, entry in self._waiting if start < self._shown]
+        ready = [entry for entry in self._waiting if entry.start < self._shown]
         self._waiting = self._waiting[len(ready) :]
         return ready
 
@@ -128,7 +129,8 @@ class Decoder:
         self._held += text
         found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
         end, length = min(found, default=(0, 0))
-        begun = (k for stop in self._stop for k in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:k]))
+        longest = ((stop, min(len(stop) - 1, len(self._held))) for stop in self._stop)
+        begun = (k for stop, most in longest for k in range(most, 0, -1) if self._held.endswith(stop[:k]))
         cut = end + length if found else len(self._held) - (0 if final else max(begun, default=0))
         text, self._held = self._held[:cut], "" if found else self._held[cut:]
         self.stopped |= bool(found)

@@ -164,7 +164,34 @@ def test_choices_may_be_asked_of_several_prompts(llm):
     assert all(math.isclose(sum(answer.scores.values()), 1, abs_tol=1e-6) for answer in answers.values())
 
 
-def test_the_prompt_of_choices_is_read_once(llm, monkeypatch):
+@pytest.mark.parametrize("choices", [["Hello! I am", " x"], ["Hello! I am", "Hello! I was"], ["Hello! I am"]])
+def test_what_choices_share_is_of_the_answer_not_of_the_prompt(llm, choices):
+    with llm.stream("Hello, world!", choices=choices) as deltas:
+        (delta,) = deltas
+    assert (delta.text, delta.prompt_tokens, delta.completion_tokens) == ("Hello! I am", 12, 3)
+
+
+def test_choices_that_are_the_same_tokens_are_refused(llm):
+    with pytest.raises(RequestError, match="two of the choices are the same tokens") as caught:
+        llm.stream("Hello, world!", choices=["cat", " cat", "dog"])
+    assert caught.value.param == "choices"
+
+
+def test_choices_that_were_cancelled_are_no_answer(llm):
+    deltas = llm.stream("Hello, world!", choices=[f"{k} x" for k in range(10)])
+    deltas.__exit__()
+    assert [(delta.text, delta.finish_reason, delta.scores) for delta in deltas] in ([("", "cancelled", None)], [])
+
+
+def test_special_tokens_among_the_alternatives_have_their_names(llm):
+    decoder, end = llm.tokenizer.decoder(), llm.tokenizer.special["<|end|>"]
+    token = ids_of(llm, "Hello")[2]
+    decoder.push(token, (-0.1, [(token, -0.1), (end, -3.0)]))
+    assert [name for name, _ in decoder.logprobs()[0].top][1] == b"<|end|>"
+
+
+@pytest.mark.parametrize("length", [300, 900])
+def test_the_prompt_of_choices_is_read_once(llm, monkeypatch, length):
     read, call = [], model.Phi3V.__call__
 
     def counting(self, embeddings, parts, rows=None):
@@ -172,10 +199,11 @@ def test_the_prompt_of_choices_is_read_once(llm, monkeypatch):
         return call(self, embeddings, parts, rows)
 
     monkeypatch.setattr(model.Phi3V, "__call__", counting)
-    long = "x y " * 300 + "What is 3 + 4?"
-    assert llm.generate(long, choices=[f"3 + 4 = {k}." for k in range(10)])
-    prompt = len(ids_of(llm, long))
-    assert 900 < prompt < sum(read) < prompt + 10 * 20
+    long = "x y " * length + "What is 3 + 4?"
+    choices = [f"{'3 + 4 = ' * min(length // 5, 120)}{k}." for k in range(10)]
+    assert llm.generate(long, choices=choices)
+    prompt, each = len(ids_of(llm, long)), len(ids_of(llm, long, choices[0])) - len(ids_of(llm, long))
+    assert 900 < prompt < sum(read) < prompt + 10 * (each + 2)
 
 
 def test_choices_continue_what_the_assistant_began(llm):

@@ -397,7 +397,7 @@ def test_stats_count_what_was_done(engine):
 
 
 def test_more_prompts_than_the_queue_ever_takes_are_refused_for_good(engine):
-    with pytest.raises(RequestError, match="5 prompts at once, at most 4"):
+    with pytest.raises(RequestError, match=r"5 sequences \(prompts × n or choices\) are over the queue\'s 4"):
         engine.submit([Prompt([1], [], 1)] * 5)
 
 

@@ -260,6 +260,7 @@ OPTIONS = [
     {"choices": None, "n": 2}, {"choices": ["a" * 1024]}, {"choices": ["a" * 1025]}, {"choices": list("ab" * 33)},
     {"choices": [str(k) for k in range(64)]}, {"choices": [str(k) for k in range(65)]}, {"stream": 1}, {"stream": None},
     {"stream": True, "stream_options": {"include_usage": True, "x": 1}}, {"stream_options": {"include_usage": "a"}},
+    {"best_of": True}, {"echo": 0}, {"stream_options": 0}, {"stream_options": False}, {"ignore_eos": True},
     {"stream_options": "a"}, {"stream_options": None}, {"best_of": 1}, {"best_of": 2}, {"suffix": "a"},
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 from phi3v import protocol
 from phi3v.errors import RequestError
 from phi3v.request import Chat, Delta, Picture, Request, SamplingParams, TokenLogprob
+from phi3v.tokenizer import Decoder
 
 DEEP = "the body is nested deeper than 32 levels"
 NUMBER = "the body holds a number that is none, or too long"
@@ -455,6 +456,7 @@ def test_a_stream_is_made_when_it_is_asked_for(body, expected):
         ({"stream": 1}, "stream"),
         ({"stream": "true"}, "stream"),
         ({"stream_options": [1]}, "stream_options"),
+        ({"stream_options": 0}, "stream_options"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ],
 )
@@ -470,7 +472,7 @@ DELTAS = [
     None,
     Delta(0, "a", None, 5, 1, 2, [ENTRY]),
     Delta(1, "", "length", 7, 2),
-    Delta(0, "é", "stop", 5, 2, 2, [ENTRY]),
+    Delta(0, "é", "stop", 5, 2, 2, [ENTRY._replace(start=1)]),
 ]
 
 
@@ -529,9 +531,32 @@ def test_a_text_stream_carries_the_reason_in_its_last_chunks_and_offsets_in_char
 
 
 def test_offsets_count_a_character_that_several_tokens_make_once():
-    entries = [TokenLogprob(token, -1.0, []) for token in (b"a", b"\xc3", b"\xa9", b"b", b"c")]
-    choice = protocol.Answer(False, "x").whole([Delta(0, "aébc", "stop", logprobs=entries)])["choices"][0]
-    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
+    entries, decoder = [], Decoder(dict(enumerate([b"a", b"\xc3", b"\xa9", b"\xff", b"b", b"c"])))
+    for token in range(6):
+        decoder.push(token, (-1.0, []))
+        entries += decoder.logprobs()
+    choice = protocol.Answer(False, "x").whole([Delta(0, "aé\ufffdbc", "stop", logprobs=entries)])["choices"][0]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 3, 4]
+
+
+def test_of_alternatives_that_read_the_same_the_best_is_shown():
+    entry = TokenLogprob(b"+", -0.1, [(b"+", -0.1), (b"-", -2.0), (b"+", -7.0)])
+    choice = protocol.Answer(False, "x").whole([Delta(0, "+", "stop", logprobs=[entry])])["choices"][0]
+    assert choice["logprobs"]["top_logprobs"] == [{"+": -0.1, "-": -2.0}]
+
+
+def test_no_event_has_a_character_that_ends_a_line_for_somebody():
+    text = "a\u2028b\u2029c\x85d\n\re"
+    for is_chat in (True, False):
+        raw = b"".join(protocol.Answer(is_chat, "x").events([Delta(0, text, "stop")], False)).decode()
+        sent = [json.loads(line[6:]) for line in raw.splitlines() if line.startswith("data: {")]
+        bodies = [event["choices"][0] for event in sent]
+        assert "".join(body.get("text") or body.get("delta", {}).get("content", "") for body in bodies) == text
+
+
+def test_a_body_of_marks_alone_is_refused_before_it_is_read():
+    with pytest.raises(RequestError, match="over 500,000 brackets, commas and colons"):
+        protocol.parse_json(b'{"x":[' + b"[]," * 200_000 + b"1" + b",1" * 200_000 + b"]}")
 
 
 def test_a_chat_answer_has_what_clients_break_without():

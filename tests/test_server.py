@@ -326,6 +326,12 @@ def test_the_rate_limit_is_429_until_exactly_retry_after_has_passed(site, clock)
     assert ask(0) == (200, None, "3", "0", "11")
 
 
+def test_a_refusal_before_the_window_tells_what_is_left_and_does_not_count(site):
+    for change in ({"Content_Type": None}, {"Content_Length": None}):
+        assert site.post(**change).headers["X-RateLimit-Remaining"] == "1000"
+    assert site.post().headers["X-RateLimit-Remaining"] == "999"
+
+
 def test_what_the_model_refuses_keeps_its_status_field_and_headers(site):
     site.llm.refuses = RequestError("images[0]: no picture", "images[0]")
     assert site.post().refusal(400, "images[0]") == "images[0]: no picture"
@@ -442,7 +448,7 @@ def test_silent_and_babbling_clients_hold_up_nobody_and_are_no_error_of_ours(sit
 @pytest.mark.parametrize("generating", [True, False])
 def test_a_client_that_disappears_leaves_nothing_running_and_is_no_error_of_ours(site, monkeypatch, generating):
     taken, gone, take = threading.Event(), threading.Event(), site.keys.take
-    monkeypatch.setattr(site.keys, "take", lambda key: (taken.set(), gone.wait(30), take(key))[2])
+    monkeypatch.setattr(site.keys, "take", lambda key, count: (taken.set(), gone.wait(30), take(key, count))[2])
     if generating:
         site.llm.gate.clear()
         gone.set()
