@@ -363,7 +363,8 @@ class Engine:
             if not s.unread:
                 flight.scored.append(s)
                 self._reading.remove(s)
-                if not s.generation.cached[s.index]:  # the other choices begin alike
+                if s.generation.cached[s.index] < s.first // sequences.GRAIN * sequences.GRAIN:
+                    # Nobody had all of what the other choices begin with.
                     self._cache.add_prefix(s.prompt.owner, s.long, s.content_so_far(), s.cache.snapshot())
 
     def _regroup(self, flight: _Flight) -> None:
