@@ -3,12 +3,14 @@
     python bench/overhead.py [--rounds 300] [--save bench/results/overhead.json]
 
 The engine is given the same token ids directly, the module the same text, and a client in a process of its own asks the
-real server over TLS; the three take turns, so that whatever slows the machine slows all of them. Medians.
+real server over TLS; they take turns, so that whatever slows the machine slows all of them. Medians. The client's own
+work and its TLS are in those times; what they are alone is measured against a socket that sleeps and sends fixed bytes.
 """
 
 import argparse
 import json
 import platform
+import socket
 import ssl
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 PROMPT, TOKENS = "What is 3 + 4?", 5
+NAP = 0.015  # about as long as the engine takes
 BODIES = {
     "/v1/completions": {"prompt": PROMPT, "max_tokens": TOKENS},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": TOKENS},
@@ -49,12 +52,26 @@ def client(port: int, certificate: str, key: str) -> None:
         print(time.perf_counter() - begun, flush=True)
 
 
+def bare(listener: socket.socket, trust: ssl.SSLContext) -> None:
+    """The least that can answer: nothing is parsed, and the reply is the same bytes, after NAP seconds."""
+    body = b'{"choices": [{"text": "3 + 4 = 7."}]}'
+    reply = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    with trust.wrap_socket(listener.accept()[0], server_side=True) as connection:
+        while data := connection.recv(65536):
+            while not data.endswith(b"}"):
+                data = connection.recv(65536)
+            time.sleep(NAP)
+            connection.sendall(reply)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     import phi3v
+
+    phi3v.fast_blas()  # before the first import of MLX
     from phi3v import keys, server, tls
     from phi3v.request import SamplingParams, question
     from phi3v.sequences import Prompt
@@ -67,10 +84,17 @@ def main() -> None:
         _, secret = store.create("bench", 1_000_000)
         site = server.Server(("127.0.0.1", 0), tls.server_context(certificate, private), llm, store)
         threading.Thread(target=site.serve_forever, daemon=True).start()
-        asked = [sys.executable, __file__, "--client", str(site.server_address[1]), str(certificate), secret]
-        other = subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        listener = socket.create_server(("127.0.0.1", 0))
+        trust = tls.server_context(certificate, private)
+        threading.Thread(target=bare, args=(listener, trust), daemon=True).start()
 
-        def over_tls(case: str) -> float:
+        def asking(port: int) -> subprocess.Popen:
+            command = [sys.executable, __file__, "--client", str(port), str(certificate), secret]
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+        others = asking(site.server_address[1]), asking(listener.getsockname()[1])
+
+        def over_tls(case: str, other: subprocess.Popen) -> float:
             other.stdin.write(case + "\n")
             return float(other.stdout.readline())
 
@@ -85,17 +109,21 @@ def main() -> None:
             "engine": lambda: timed(lambda: list(llm._engine.submit([prompt]))),
             "module": lambda: timed(lambda: llm.generate(PROMPT, max_tokens=TOKENS)),
             **{
-                f"{new}{route}": lambda case=f"{new}{route}": over_tls(case) for route in BODIES for new in ("", "new ")
+                f"{new}{route}": lambda case=f"{new}{route}": over_tls(case, others[0])
+                for route in BODIES
+                for new in ("", "new ")
             },
         }
+        cases["the client and a bare TLS socket"] = lambda: over_tls("/v1/completions", others[1]) - NAP
         times: dict[str, list[float]] = {name: [] for name in cases}
         for k in range(arguments.rounds + 20):
             for name, case in cases.items():
                 seconds = case()
                 if k >= 20:  # the first ones warm up
                     times[name].append(seconds * 1000)
-        other.stdin.close()
-        other.wait()
+        for other in others:
+            other.stdin.close()
+            other.wait()
         site.stop()
         store.close()
     rows = {name: {"median_ms": median(each), "p90_ms": quantiles(each, n=10)[-1]} for name, each in times.items()}
