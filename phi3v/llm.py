@@ -135,8 +135,8 @@ class LLM(AbstractContextManager):
         except RequestError as error:
             raise RequestError(error.message, "messages" if request.clamp else error.param) from None
 
-    def _choices(self, parts: Parts, crops: list[images.Crops], request: Request, owner: str):
-        """A prompt for each choice, whose targets are what it adds to what all share, and the end; their own length."""
+    def _choices(self, parts: Parts, crops: list, request: Request, owner: str) -> tuple[list[Prompt], int]:
+        """A prompt for each choice, its targets what it adds to what all share, and the end; and the tokens without."""
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)
         ids, ends = self._encode(parts[: turn + 1], crops, request), []
         length = len(ids) + len(self._encode(parts[turn:], crops, request)[2:])
