@@ -441,7 +441,8 @@ def test_whatever_fails_in_whichever_phase_reaches_all_who_wait_and_the_next_is_
         except RuntimeError as error:
             assert error.__cause__.__traceback__ is None  # its frames would keep the caches
             ends.append(None)
-    assert None in ends and all(end in (None, greedy[:most]) for end in ends)
+    # By the second look, the last thing in a turn, those who wanted one token may all have it.
+    assert (None in ends or (phase, most) == ("_look", 1)) and all(end in (None, greedy[:most]) for end in ends)
     assert not engine._alive and run(engine, prompt) == [greedy]
     engine.close()
 
