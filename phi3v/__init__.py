@@ -47,7 +47,7 @@ def fast_blas() -> str | None:
     """
     if sys.platform != "linux" or os.environ.get("PHI3V_BLAS") == "0":
         return None
-    # Its threads would spin between two products and take the cores from everybody else: 22 ms an answer, not 17.
+    # Its threads would spin between two products and take the cores from everybody: a short answer in 20 ms, not 17.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     for name in ("libopenblas.so.0", "libopenblas.so"):
         try:
