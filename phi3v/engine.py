@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import threading
-import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -85,7 +84,7 @@ class Engine:
         # By rope regime, of which a pass over a cache has one, and by length: all rows take the room of the longest.
         self._batches: dict[tuple[bool, int], Batch] = {}
         self._flight = _Flight()
-        self._tokens, self._first_seconds = 0, deque(maxlen=256)
+        self._tokens = 0
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -99,13 +98,11 @@ class Engine:
             return "failed" if self._failure else "draining"
         return "loading" if not self._ready.is_set() else "ok" if self._model else "idle"
 
-    def stats(self) -> dict[str, float]:
-        """What runs and waits now, what was made so far, and the median time to first token of the last 256, in s."""
-        first = sorted(self._first_seconds)
+    def stats(self) -> dict[str, int]:
+        """What runs and waits now, what was made and not read again so far, and the bytes that are kept."""
         waiting = sum(not s.done for s in [*self._arrived, *self._waiting])
         now = {"running": len(self._alive) - waiting, "waiting": waiting, "tokens": self._tokens}
-        kept = {"cached_tokens": self._cache.hits, "cache_bytes": self._cache.bytes}
-        return now | kept | {"first_token_seconds": first[len(first) // 2] if first else 0.0}
+        return now | {"cached_tokens": self._cache.hits, "cache_bytes": self._cache.bytes}
 
     def wait(self) -> None:
         """Return when the model is loaded, or raise what prevented it."""
@@ -399,8 +396,6 @@ class Engine:
             if not s or s.done:
                 continue
             s.flying -= 1
-            if not s.made:
-                self._first_seconds.append(time.monotonic() - s.arrived)
             if token in s.prompt.end_ids:
                 self._put(s, (s.index, None, "stop"))
             else:

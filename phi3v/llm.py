@@ -18,8 +18,8 @@ import numpy as np
 from . import __version__, images, model
 from .cache import shared_length
 from .engine import Engine
-from .errors import RequestError, SetupError
-from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, check_text, image_bytes, question
+from .errors import RequestError, SetupError, check_text
+from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, image_bytes, question
 from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Parts, Tokenizer
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from .errors import RequestError, check_number, check_text, check_texts  # noqa: F401
+from .errors import RequestError, check_number, check_texts
 
 DEFAULT_MAX_TOKENS = 512  # as documented
 MAX_CROPS = 16  # what Phi-3-vision's own preprocessor uses; more than the model was trained on

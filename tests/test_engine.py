@@ -389,7 +389,7 @@ def test_stats_count_what_was_done(engine):
     generation = engine.submit([Prompt(prompt.ids, [], 1500), prompt])
     next(iter(generation))
     now = engine.stats()
-    assert now["running"] + now["waiting"] == 2 and now["first_token_seconds"] > 0
+    assert now["running"] + now["waiting"] == 2
     generation.cancel()
     list(generation)
     after = engine.stats()

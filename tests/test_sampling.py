@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from phi3v.request import SamplingParams
-from phi3v.sampling import Sampler, logprobs, sample
+from phi3v.sampling import BITS, Sampler, logprobs, sample
 
 VOCABULARY = 60
 RNG = np.random.default_rng(4)
@@ -108,8 +108,16 @@ def test_a_seed_gives_the_same_numbers_for_ever_and_branches_their_own():
     assert len({sampler().uniform() for _ in range(8)}) == 8
 
 
-def test_random_numbers_stay_below_one_in_float32():
-    assert np.float32(1 - 2.0**-23) < 1
+@pytest.mark.parametrize("bits", [0, 2**BITS - 1], ids=["smallest", "largest"])
+def test_the_extreme_random_numbers_choose_tokens_that_may_come(bits, monkeypatch):
+    """The largest times the whole must stay below the whole in float32, or no token would be chosen."""
+    each = sampler(temperature=1.0, top_k=7)
+    monkeypatch.setattr(each._random, "getrandbits", lambda _: bits)
+    logits = RNG.normal(size=(500, VOCABULARY)).astype(np.float32) * 3
+    tokens = np.array(sample(mx.array(logits), [each] * 500))
+    best = np.sort(np.argsort(-logits, -1)[:, :7], -1)
+    assert (tokens == best[:, -1 if bits else 0]).mean() > 0.9  # of the seven the last id, or the first
+    assert all(token in seven for token, seven in zip(tokens, best, strict=True))
 
 
 def test_logprobs_are_those_before_temperature_and_penalties():
