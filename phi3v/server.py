@@ -273,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
             raw = self.rfile.read(length)
         except OSError:  # timed out, reset, or a broken TLS record: in the latter two nobody reads the reply
-            raise errors.SlowBody(f"the body of {length:,} bytes did not arrive in time") from None
+            raise errors.TooSlow(f"the body of {length:,} bytes did not arrive in time") from None
         self._unread -= len(raw)
         if len(raw) < length:
             raise errors.RequestError(f"the body ended after {len(raw):,} of {length:,} bytes")
