@@ -158,6 +158,9 @@ class KeyStore:
                 return key
         raise Forbidden("the API key is unknown, expired or deleted; `phi3v list` shows the keys there are")
 
+    def lives(self, key: Key) -> bool:
+        return True
+
     def take(self, key: Key, count: bool = True) -> Allowance:
         """Count one request, or raise RateLimited: at most `rate_limit` are accepted in any 60 seconds.
 
