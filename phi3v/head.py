@@ -17,7 +17,7 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([0-9])\r\n" % TOKEN)  # RFC 9112 3
 FIELD_LINE = re.compile(rb"(%b):([\t -~\x80-\xff]*)\r\n" % TOKEN)  # RFC 9112 5, RFC 9110 5.5
 REST = r"(?:[\w.~:/?@!$&'()*+,;=\[\]-]|%[0-9A-Fa-f]{2})*"  # RFC 3986 3.3 and 3.4, and the brackets that browsers send
-TARGET = re.compile(rf"(?:(?i:https)://([^/?]*+)|(?=/))((?:[/?]{REST})?)", re.ASCII)  # RFC 9112 3.2
+TARGET = re.compile(rf"(?:(?i:https)://([^/?]+)|(?=/))((?:[/?]{REST})?)", re.ASCII)  # RFC 9112 3.2
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{0,5})?", re.ASCII | re.IGNORECASE)  # RFC 9110 7.2
 ONCE = ("host", "content-length")  # of these a second one could be the one that another reader believes
 
@@ -58,11 +58,8 @@ def parse(data: bytes) -> Head | None:
         if len(lines) > MAX_FIELDS:
             raise HeadTooLarge(f"the head has more than {MAX_FIELDS} fields")
         if not (found := (FIELD_LINE if lines else REQUEST_LINE).fullmatch(line)):
-            raise RequestError(
-                f"line {len(lines)} of the head's fields is not NAME: VALUE of plain characters, ended by CRLF"
-                if lines
-                else "the request line is not METHOD TARGET HTTP/1.1 with one space between, ended by CRLF"
-            )
+            shape = "NAME: VALUE of plain characters" if lines else "METHOD TARGET HTTP/1.1 with one space between"
+            raise RequestError(f"line {len(lines) + 1} of the head is not {shape}, ended by CRLF")
         lines.append(found.groups())
     if not lines and len(data) - start >= MAX_LINE + 2:
         raise TargetTooLong(f"the request line has more than {MAX_LINE:,} bytes")
@@ -94,7 +91,7 @@ def _target(method: str, target: str, fields: dict[str, str], minor: int) -> tup
         raise RequestError("the head has no Host")
     hosts = [HOST.fullmatch(given) for given in (fields.get("host"), found and found[1]) if given is not None]
     if None in hosts:
-        raise RequestError("the Host is not a name or an address with an optional port")
+        raise RequestError("the Host is not one name or address with an optional port")
     path = found[2].partition("?")[0] or "/" if found else target
     return path, (hosts[-1][1] or hosts[-1][2]).lower() if hosts else ""
 
