@@ -230,11 +230,28 @@ def test_a_certificate_that_ends_within_30_days_is_told_at_every_start_and_left_
     assert tls.ensure_certificate(*own) == []
     reissue(own, 29.1)
     before = contents(own)
-    told = f"the certificate {own[0]} ends in 29 days: delete server.crt and start again"
+    told = f"the certificate {own[0]} ends in 29 days: rm server.crt, and start again"
     assert tls.ensure_certificate(*own) == tls.ensure_certificate(*own) == [told] and contents(own) == before
     reissue(own, 7.1, "/CN=example.org")
     told = f"the certificate {own[0]} ends in 7 days: put a new one in its place"
     assert tls.ensure_certificate(*own) == [told]
+
+
+def test_a_kill_at_any_moment_leaves_no_half_pair(files):
+    code = "import sys; from phi3v import tls; tls.ensure_certificate(*sys.argv[1:])"
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
+    whole = time.monotonic() - begun
+    for i in range(12):
+        for file in files:
+            file.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", code, *files])
+        time.sleep(whole * (0.5 + i / 20))
+        process.kill()
+        process.wait()
+        assert [file.stat().st_mode & 0o777 for file in files[::-1] if file.exists()] in ([], [0o600], [0o600, 0o644])
+        tls.ensure_certificate(*files)
+        assert tls.server_context(*files)
 
 
 def test_a_key_without_certificate_gets_one_and_a_certificate_without_key_is_refused(own):
