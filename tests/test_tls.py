@@ -190,7 +190,7 @@ def test_a_pair_that_is_there_is_left_alone_also_the_documents_own(own, files):
 
 def test_a_certificate_that_lacks_the_name_clients_use_is_told_and_left_alone(own, files, tmp_path):
     before = contents(own)
-    again = f"delete {own[0].name} and {own[1].name} and start again"
+    again = f"rm {own[0].name} {own[1].name}, and start again"
     told = f"the certificate {own[0]} is not valid for 192.0.2.7, clients will refuse it: {again}"
     assert tls.ensure_certificate(*own, "192.0.2.7") == [told] and contents(own) == before
     assert tls.ensure_certificate(*own, "0.0.0.0") == []  # clients use the .local name, which it has
