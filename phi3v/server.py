@@ -224,10 +224,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, head: Head) -> None:
         if head.host and head.host not in self.server.hosts and head.host != self.connection.own_address():
-            allowed = ", ".join(sorted(self.server.hosts))
-            raise errors.Misdirected(
-                f"this server is not {head.host!r:.100} but {allowed}; --allowed-host adds a name to these"
-            )
+            name = f"{head.host!r:.100}"
+            raise errors.Misdirected(f"this server is not known as {name}: --allowed-host {name} would make it so")
         self._route = route = MODEL if head.path.startswith(MODEL[:-4]) else head.path
         methods = ROUTES.get(route)
         if methods is None:
@@ -372,7 +370,7 @@ class Handler(BaseHTTPRequestHandler):
         self._status = status
         payload = body if isinstance(body, bytes) else protocol.render(body)
         fixed = {"Content-Type": "application/json", "Content-Length": str(len(payload)), "Cache-Control": "no-store"}
-        head = self._head_of(status, fixed | (headers or {}))
+        head = self._head_of(status, fixed | (headers or {}) if status != 204 else {})  # RFC 9110 8.6
         try:
             self.connection.send(head if self._head and self._head.method == "HEAD" else head + payload)
         except ConnectionError:

@@ -198,7 +198,7 @@ def test_the_names_of_this_machine_and_the_address_that_was_reached_are_answered
 @pytest.mark.parametrize("name", ["evil.example", "localhost.evil.example", "127.0.0.2", "[::1]", "localhost."])
 def test_another_name_is_421_before_anything_else_is_looked_at(site, name):
     message = site.post(Host=name, request="GET /nowhere", X_API_Key=None).refusal(421)
-    assert message.endswith("but localhost; --allowed-host adds a name to these")
+    assert message.startswith(f"this server is not known as '{name.strip('[]')}'")
     site.post(request=f"POST https://{name}/v1/completions").refusal(421)
 
 
@@ -218,7 +218,7 @@ def test_pages_of_other_origins_read_nothing_unless_they_are_allowed_to(site):
     assert site.post(b"", "OPTIONS /v1/completions", X_API_Key=None, **ask).status == 405
     site.server.origins = ["https://a.example"]
     reply = site.post(b"", "OPTIONS /v1/completions", X_API_Key=None, **ask)
-    assert (reply.status, reply.body) == (204, b"")
+    assert (reply.status, reply.headers["Content-Length"], reply.headers["Content-Type"]) == (204, None, None)
     assert cors(reply)["Access-Control-Allow-Origin"] == "https://a.example"
     assert "X-API-Key" in cors(reply)["Access-Control-Allow-Headers"]
     for reply in (site.post(**ask), site.post(X_API_Key="wrong", **ask)):
