@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -82,11 +83,7 @@ def serve(arguments: argparse.Namespace) -> None:
         both = arguments.host in ("127.0.0.1", "localhost")  # a client may try either for localhost
         addresses = [(host, arguments.port) for host in (("127.0.0.1", "::1") if both else (arguments.host,))]
         with closing(KeyStore(arguments.db)) as keys:
-            try:
-                server = Server(addresses, context, llm, keys, origins=arguments.allow_origin, **limits)
-            except (OSError, OverflowError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise SetupError(f"cannot listen on {arguments.host} port {arguments.port}: {reason}") from None
+            server = Server(addresses, context, llm, keys, origins=arguments.allow_origin, **limits)
             for notice in notices:
                 log.warning(notice)
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
@@ -325,6 +322,17 @@ def _table(keys: list[Key]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+class _Formatter(logging.Formatter):
+    """Says of an exception where it happened, but not its words: they may be a client's."""
+
+    def formatException(self, exc_info: tuple) -> str:
+        lines, error = [], exc_info[1]
+        while error:
+            lines = [*traceback.format_tb(error.__traceback__), f"{type(error).__name__}\n", *lines]
+            error = error.__cause__ or error.__context__
+        return "".join(lines)
+
+
 def _start_log(arguments: argparse.Namespace) -> Path | None:
     """Everything to the log file, warnings to stderr as well; returns the file, None if it cannot be written."""
     logging.raiseExceptions = False  # a full disk must cost lines of the log, not a traceback for each
@@ -335,14 +343,14 @@ def _start_log(arguments: argparse.Namespace) -> Path | None:
         raise SetupError(f"PHI3V_LOG_LEVEL: {error}") from None
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("phi3v: %(message)s"))
+    console.setFormatter(_Formatter("phi3v: %(message)s"))
     log.addHandler(console)
     try:
         file = logging.handlers.RotatingFileHandler(arguments.log_file, encoding="utf-8", **ROTATED)
     except OSError as error:
         log.warning("cannot write %s: %s; serving without a log file", arguments.log_file, error.strerror)
         return None
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     return Path(file.baseFilename)
 

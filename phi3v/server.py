@@ -11,6 +11,7 @@ import functools
 import http.client
 import json
 import logging
+import os
 import re
 import selectors
 import socket
@@ -21,7 +22,6 @@ import time
 import uuid
 from collections.abc import Collection, Iterator
 from http.server import BaseHTTPRequestHandler
-from traceback import extract_tb
 
 from . import errors, protocol
 from .connection import Connection, PlainHTTP, drain
@@ -56,7 +56,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     The first port may be 0, for any; the others then take the same. `llm` needs `answer`, `status`, `stats` and
     `checkpoint` of LLM; `keys` is a KeyStore or like one. `hosts` are the names, in lower case, that a request's Host
-    may have besides the address it came to; `origins` those whose pages may read answers.
+    may have besides the address it came to; `origins` those whose pages may read answers. Raises SetupError.
     """
 
     daemon_threads = True
@@ -91,11 +91,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         try:
             both = host == "::" and socket.has_dualstack_ipv6()
             listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
-        except OSError as error:
-            if self._selector.get_map() and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        except (OSError, OverflowError) as error:
+            number = getattr(error, "errno", None) or 0
+            if self._selector.get_map() and number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 return  # a machine without IPv6: its localhost is the first address only
             self.server_close()
-            raise
+            reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+            raise errors.SetupError(f"cannot listen on {host} port {port}: {reason}") from None
         listener.setblocking(False)
         if not self._selector.get_map():
             self.server_address = listener.getsockname()
@@ -205,8 +207,8 @@ class Handler(BaseHTTPRequestHandler):
             )
         except ConnectionError:
             self._status, self.close_connection = 499, True  # the client has gone; there is nobody to tell
-        except Exception as error:
-            self._reply(500, self._internal_error(error))
+        except Exception:
+            self._reply(500, self._internal_error())
         finally:
             self._log()
             self.server.mark(self, False)
@@ -222,10 +224,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, head: Head) -> None:
         if head.host and head.host not in self.server.hosts and head.host != self.connection.own_address():
-            allowed = ", ".join(sorted(self.server.hosts))
-            raise errors.Misdirected(
-                f"this server is not {head.host!r:.100} but {allowed}; --allowed-host adds a name to these"
-            )
+            name = f"{head.host!r:.100}"
+            raise errors.Misdirected(f"this server is not known as {name}: --allowed-host {name} would make it so")
         self._route = route = MODEL if head.path.startswith(MODEL[:-4]) else head.path
         methods = ROUTES.get(route)
         if methods is None:
@@ -357,18 +357,12 @@ class Handler(BaseHTTPRequestHandler):
             yield protocol.sse(protocol.error(error.status, error.message, error.type, error.param))
         except ConnectionError:
             raise
-        except Exception as error:
+        except Exception:
             self._status = 500
-            yield protocol.sse(self._internal_error(error))
+            yield protocol.sse(self._internal_error())
 
-    def _internal_error(self, error: Exception) -> dict:
-        """What a client may know. The log gets where it happened, but no values: they may be somebody's prompt."""
-        chain = [error, *filter(None, (error.__cause__, error.__context__))]
-        where = [
-            f"{frame.filename}:{frame.lineno} {frame.name}" for e in chain for frame in extract_tb(e.__traceback__)
-        ]
-        kinds = " from ".join(type(e).__name__ for e in chain)
-        log.error("request %s failed: %s\n  %s", self._request_id, kinds, "\n  ".join(where))
+    def _internal_error(self) -> dict:
+        log.exception("request %s failed", self._request_id)
         message = f"internal error; the server's log has it under request {self._request_id}"
         return protocol.error(500, message, "server_error")
 
@@ -376,7 +370,7 @@ class Handler(BaseHTTPRequestHandler):
         self._status = status
         payload = body if isinstance(body, bytes) else protocol.render(body)
         fixed = {"Content-Type": "application/json", "Content-Length": str(len(payload)), "Cache-Control": "no-store"}
-        head = self._head_of(status, fixed | (headers or {}))
+        head = self._head_of(status, fixed | (headers or {}) if status != 204 else {})  # RFC 9110 8.6
         try:
             self.connection.send(head if self._head and self._head.method == "HEAD" else head + payload)
         except ConnectionError:
