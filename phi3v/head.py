@@ -58,8 +58,10 @@ def parse(data: bytes) -> Head | None:
         if len(lines) > MAX_FIELDS:
             raise HeadTooLarge(f"the head has more than {MAX_FIELDS} fields")
         if not (found := (FIELD_LINE if lines else REQUEST_LINE).fullmatch(line)):
-            shape = "NAME: VALUE of plain characters" if lines else "METHOD TARGET HTTP/1.1 with one space between"
-            raise RequestError(f"line {len(lines) + 1} of the head is not {shape}, ended by CRLF")
+            shape = "NAME: VALUE, on one line" if lines else "METHOD TARGET HTTP/1.1 with one space between"
+            raise RequestError(
+                f"line {len(lines) + 1} of the head is not {shape}, in plain characters and ended by CRLF"
+            )
         lines.append(found.groups())
     if not lines and len(data) - start >= MAX_LINE + 2:
         raise TargetTooLong(f"the request line has more than {MAX_LINE:,} bytes")

@@ -21,15 +21,22 @@ NEXT = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: smuggled\r\n
 class Case:
     """`verdict` is a refusal's status, None for a head that is not whole, or what was understood.
 
-    `answer` is the status that the server gives on the wire, `rest` how many bytes of `data` come after the head.
+    `answers` are the statuses that the server gives on the wire, `rest` how many bytes of `data` come after the head.
     """
 
     section: str
     what: str
     data: bytes
     verdict: int | dict | None
-    answer: int | None
-    rest: int = 0
+    answers: tuple[int | None, ...]
+    rest: int
+
+    @property
+    def ends(self) -> bool:
+        """Whether the connection ends with the last answer, so that no request behind it is read."""
+        known = self.verdict if isinstance(self.verdict, dict) else {"persistent": False}
+        body = known.get("length") or known.get("chunked")  # that nobody asked for
+        return bool(body) or not known.get("persistent", True) or self.answers[-1] == 400
 
     def __str__(self) -> str:
         return f"{self.section} {self.what}: {self.data[:60]!r}"
@@ -57,11 +64,11 @@ def read(pieces: Iterable[bytes]) -> head.Head | RequestError | None:
         return error
 
 
-def ok(answer: int = 200, rest: bytes = b"", **understood) -> tuple:
+def ok(*answers: int, rest: bytes = b"", **understood) -> tuple:
     """What differs from a plain GET /health; `more` are fields besides Host."""
     if "more" in understood:
         understood["fields"] = {"host": "localhost"} | understood.pop("more")
-    return understood, answer, len(rest)
+    return understood, answers or (200,), len(rest)
 
 
 LINE = b"%b\r\nHost: localhost\r\n\r\n"
@@ -82,7 +89,7 @@ TOKEN = b"!#$%&'*+-.^_`|~019AZaz"
 
 def chunked(body: bytes) -> tuple:
     more = {"transfer-encoding": "chunked"}
-    return "a body in chunks", CHUNKS, ok(401, body, **POST, path="/v1/completions", chunked=True, more=more), body
+    return "a body in chunks", CHUNKS, ok(401, rest=body, **POST, path="/v1/completions", chunked=True, more=more), body
 
 
 def fields(count: int) -> bytes:
@@ -248,14 +255,14 @@ ROWS: list[tuple] = [
     ("9112 2.2", "not whole", ANY, None, GET.replace(b"\r\n", b"\r"), b"\r\n" + GET[:-1], b"\r\n\r"),
     # Content-Length
     ("9112 6.2", "a length", LENGTH, ok(405, **POST, length=0, more={"content-length": "0"}), b"0"),
-    ("9112 6.2", "a length", LENGTH + b"hello", ok(405, b"hello", **POST, length=5, more={"content-length": "5"}), b"5",
-     b" \t5\t "),
+    ("9112 6.2", "a length", LENGTH + b"hello", ok(405, rest=b"hello", **POST, length=5, more={"content-length": "5"}),
+     b"5", b" \t5\t "),
     ("9110 8.6", "zeros in front", LENGTH + b"hello",
-     ok(405, b"hello", **POST, length=5, more={"content-length": "0005"}), b"0005"),
+     ok(405, rest=b"hello", **POST, length=5, more={"content-length": "0005"}), b"0005"),
     ("9112 6.2", "in HTTP/1.0", ANY,
-     ok(405, b"a", **POST, minor=0, length=1, persistent=False, more={"content-length": "1"}),
+     ok(405, rest=b"a", **POST, minor=0, length=1, persistent=False, more={"content-length": "1"}),
      b"POST /health HTTP/1.0\r\nHost: localhost\r\nContent-Length: 1\r\n\r\na"),
-    ("9112 6.2", "of a GET", FIELD + b"hello", ok(200, b"hello", length=5, more={"content-length": "5"}),
+    ("9112 6.2", "of a GET", FIELD + b"hello", ok(200, rest=b"hello", length=5, more={"content-length": "5"}),
      b"CONTENT-LENGTH:5"),
     ("9110 8.6", "15 digits", LENGTH, ok(405, **POST, length=10**15 - 1, more={"content-length": "9" * 15}), b"9" * 15),
     ("9110 8.6", "more digits", LENGTH, 400, b"1" * 16, b"0" * 16, b"18446744073709551621", b"9" * 4000),
@@ -331,10 +338,10 @@ ROWS: list[tuple] = [
      b"HTTP/1.0\r\nConnection: Keep-Alive"),
     ("9112 9.3", "HTTP/1.0 that ends", VERSION, ok(minor=0, persistent=False, more={"connection": "keep-alive, close"}),
      b"HTTP/1.0\r\nConnection: keep-alive, close"),
-    ("9112 9.3.2", "two at once", ANY, ok(rest=GET), GET + GET),
-    ("9112 9.3.2", "the second is malformed", ANY, ok(rest=b"\n" + GET), GET + b"\n" + GET),
+    ("9112 9.3.2", "two at once", ANY, ok(200, 200, rest=GET), GET + GET),
+    ("9112 9.3.2", "the second is malformed", ANY, ok(200, 400, rest=b"\n" + GET), GET + b"\n" + GET),
     ("9112 9.3.2", "the body looks like a head", LENGTH + GET,
-     ok(405, GET, **POST, length=len(GET), more={"content-length": str(len(GET))}), b"%d" % len(GET)),
+     ok(405, rest=GET, **POST, length=len(GET), more={"content-length": str(len(GET))}), b"%d" % len(GET)),
     # Limits, from both sides
     ("9112 3", "a line of 4,096 bytes", LONG, ok(), b"a" * (4096 - 21)),
     ("9110 15.5.15", "a line of 4,097 bytes", LONG, 414, b"a" * (4097 - 21)),
@@ -369,8 +376,8 @@ ROWS: list[tuple] = [
 def cases() -> list[Case]:
     made = []
     for section, what, frame, verdict, *texts in ROWS:
-        verdict, answer, rest = verdict if isinstance(verdict, tuple) else (verdict, verdict, 0)
-        made += [Case(section, what, frame.replace(b"%b", text), verdict, answer, rest) for text in texts]
+        verdict, answers, rest = verdict if isinstance(verdict, tuple) else (verdict, (verdict,), 0)
+        made += [Case(section, what, frame.replace(b"%b", text), verdict, answers, rest) for text in texts]
     return made
 
 
