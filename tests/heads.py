@@ -282,6 +282,8 @@ ROWS: list[tuple] = [
      b" chunked\t"),
     ("9112 7", "letters of either case", CODING, ok(405, **POST, chunked=True, more={"transfer-encoding": "cHUNKED"}),
      b"cHUNKED"),
+    ("9112 6.3", "of a GET", FIELD, ok(chunked=True, more={"transfer-encoding": "chunked"}),
+     b"Transfer-Encoding:chunked"),
     ("9112 6.1", "with a length", CODING, 400, b"chunked\r\nContent-Length: 5", b"chunked\r\ncontent-length: 0",
      b"gzip\r\nContent-Length: 5"),
     ("9112 6.1", "with a length", LENGTH, 400, b"5\r\nTransfer-Encoding: chunked", b"0\r\nTransfer-Encoding: x",
