@@ -25,12 +25,18 @@ from phi3v.errors import Forbidden, RateLimited, SetupError, Unavailable
 from phi3v.keys import Allowance, KeyStore
 
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
-ADVICE = "restore it from a backup, or move it away and create new keys"
+ADVICE = "if it is damaged, restore it from a backup, or move it away and create new keys"
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "keys.db"
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """A store reads and writes only when it is asked to, so that what a test sees does not depend on the moment."""
+    monkeypatch.setattr(keys, "FLUSH", 99)
 
 
 @pytest.fixture
@@ -76,6 +82,13 @@ def unavailable(action, *arguments) -> None:
     assert caught.value.message == "the key database cannot be used now; try again in 5 s"
 
 
+def lets_in(store, secret) -> bool:
+    try:
+        return store.verify(secret).name == "app"
+    except Unavailable:
+        return False
+
+
 def overwrite(path, data: bytes) -> None:
     with open(path, "r+b") as file:  # the same file: whoever has it open sees it change
         file.truncate(0)
@@ -92,11 +105,13 @@ def test_a_key_is_its_prefix_30_base62_characters_and_their_crc32_in_6(store):
     assert set("".join(secret[6:36] for _, secret in made)) == set(BASE62)  # one is missing once in 10¹¹ runs
 
 
-def test_only_a_keys_hash_is_stored_in_files_of_mode_0600_of_which_one_is_the_whole_backup(path, clock):
-    mask = os.umask(0)
+@pytest.mark.parametrize("mask", [0, 0o777])
+def test_only_a_keys_hash_is_stored_in_files_of_mode_0600_of_which_one_is_the_whole_backup(path, clock, mask):
+    mask = os.umask(mask)
     try:
         with closing(KeyStore(path, clock=clock)) as store, closing(sqlite3.connect(path)) as other:
-            key, secret = store.create("app")
+            old = store.create("app")[1]
+            key, secret = store.rotate(old, 10)
             store.take(store.verify(secret))
             store.record(key, 1, 2)
             other.execute("UPDATE keys SET name = 'in a transaction, so that there is a journal'")
@@ -105,10 +120,11 @@ def test_only_a_keys_hash_is_stored_in_files_of_mode_0600_of_which_one_is_the_wh
     finally:
         os.umask(mask)
     assert files.keys() == {"keys.db", "keys.db-journal", "keys.db-window", "keys.db-window-journal"}
-    assert hashlib.sha256(secret.encode()).digest() in files["keys.db"]
-    assert not [name for name, data in files.items() if secret[10:].encode() in data]
+    for canary in (old, secret):
+        assert hashlib.sha256(canary.encode()).digest() in files["keys.db"]
+        assert not [name for name, data in files.items() if canary[10:].encode() in data]
     with closing(sqlite3.connect(path)) as db:
-        assert [db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("user_version", "journal_mode")] == [1, "delete"]
+        assert [db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("user_version", "journal_mode")] == [2, "delete"]
     copy = shutil.copy(path, path.with_name("copy.db"))
     with closing(KeyStore(copy, create=False, clock=clock)) as store:
         assert store.verify(secret) == dataclasses.replace(
@@ -193,17 +209,22 @@ def test_usage_is_written_later_in_one_go_by_itself_and_when_the_store_is_closed
             until(lambda requests=requests: usage(path) == [(1.7e9, requests, requests, 2 * requests)])
 
 
-def test_usage_that_cannot_be_written_is_kept_and_tried_again_and_no_request_notices(path, clock, monkeypatch, caplog):
-    monkeypatch.setattr(keys, "BUSY_TIMEOUT", 0)
+def test_usage_that_cannot_be_written_is_kept_and_tried_again_and_until_then_nobody_is_let_in(
+    path, clock, monkeypatch, caplog
+):
+    monkeypatch.setattr(keys, "BUSY_TIMEOUT", 0.1)
     monkeypatch.setattr(keys, "FLUSH", 0.01)
+    monkeypatch.setattr(keys, "QUIET", 0)
     with closing(KeyStore(path, clock=clock)) as store:
-        key = store.create("app")[0]
+        key, secret = store.create("app")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
+            other.execute("BEGIN IMMEDIATE")  # it can still be read
             store.record(key, 1, 2)
             until(lambda: caplog.text.count("cannot be used now") >= 2)
             store.record(key, 10, 20)
-        until(lambda: usage(path) == [(1.7e9, 2, 11, 22)])
+            assert not lets_in(store, secret) and usage(path) == [(None, 0, 0, 0)]
+        until(lambda: lets_in(store, secret))
+        assert usage(path) == [(1.7e9, 2, 11, 22)]
         path.unlink()
         store.record(key, 1, 2)
     assert not path.exists()  # closed all the same
@@ -408,12 +429,14 @@ def test_a_missing_file_or_folder_or_a_full_disk_is_told_in_one_line_and_leaves_
 
 
 @pytest.mark.parametrize("damage", [lambda good: b"", lambda good: b"garbage" * 999, lambda good: good[:4096]])
-def test_a_damaged_database_does_not_start_and_while_serving_lets_nobody_in_until_it_is_mended(store, path, damage):
+def test_a_damaged_database_does_not_start_and_while_serving_lets_nobody_in_until_it_is_mended(
+    unhurried, store, path, damage
+):
     key, secret = store.create("app")
     good, bad = path.read_bytes(), damage(path.read_bytes())
     overwrite(path, bad)
     for _ in range(2):
-        refused(rf"{path} cannot be read \(.+\); {ADVICE}", KeyStore, path)
+        refused(rf"{path} cannot be used \(.+\); {ADVICE}", KeyStore, path)
         for action, argument in ((store.verify, secret), (store.create, "b"), (store.take, key)):
             unavailable(action, argument)
     assert path.read_bytes() == bad  # left for whoever mends it
@@ -427,21 +450,23 @@ def test_a_newer_version_another_programs_file_and_a_damaged_page_or_window_are_
 ):
     good = path.read_bytes()
     overwrite(path, good[:-4096] + b"\xff" * 4096)  # an index, which a start would not come across
-    refused(rf"{path} cannot be read \(.+\); {ADVICE}", KeyStore, path)
+    refused(rf"{path} cannot be used \(.+\); {ADVICE}", KeyStore, path)
     overwrite(path, good)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("PRAGMA user_version = 2")
-    refused(f"{path} has version 2, this phi3v knows up to 1; use the newer phi3v", KeyStore, path)
-    for version in (0, 1):
+        db.execute("PRAGMA user_version = 3")
+    refused(f"{path} has version 3, this phi3v knows up to 2; use the newer phi3v", KeyStore, path)
+    for version in (0, 1, 2):
         with closing(sqlite3.connect(tmp_path / "other.db", isolation_level=None)) as db:
             db.executescript(f"CREATE TABLE IF NOT EXISTS cookies (id); PRAGMA user_version = {version}")
-        refused(rf"{tmp_path}/other\.db cannot be read \(.+\); {ADVICE}", KeyStore, tmp_path / "other.db")
-    refused(rf"{tmp_path} cannot be read \(.+\); {ADVICE}", KeyStore, tmp_path)
+        refused(rf"{tmp_path}/other\.db cannot be used \(.+\); {ADVICE}", KeyStore, tmp_path / "other.db")
+    refused(rf"{tmp_path} cannot be used \(.+\); {ADVICE}", KeyStore, tmp_path)
     (tmp_path / "new.db-window").write_text("garbage" * 999)
     refused(r".*new\.db-window cannot be used \(.+\); delete it: .*", KeyStore, tmp_path / "new.db")
 
 
-def test_a_database_that_is_removed_stays_so_and_a_backup_put_in_its_place_counts_at_once(store, path, caplog):
+def test_a_database_that_is_removed_stays_so_and_a_backup_put_in_its_place_counts_at_once(
+    unhurried, store, path, caplog
+):
     (_, kept), (_, revoked) = store.create("kept"), store.create("revoked")
     backup = shutil.copy(path, path.with_name("backup"))
     with closing(KeyStore(backup)) as other:
@@ -457,7 +482,9 @@ def test_a_database_that_is_removed_stays_so_and_a_backup_put_in_its_place_count
 
 
 @pytest.mark.parametrize("side", ["", "-window"])
-def test_a_file_that_another_process_has_locked_lets_nobody_in_until_it_is_free(path, clock, monkeypatch, side):
+def test_a_file_that_another_process_has_locked_lets_nobody_in_until_it_is_free(
+    unhurried, path, clock, monkeypatch, side
+):
     monkeypatch.setattr(keys, "BUSY_TIMEOUT", 0)
     with closing(KeyStore(path, clock=clock)) as store:
         key, secret = store.create("app", 2)
@@ -475,7 +502,7 @@ def test_a_link_to_the_database_shares_its_window_and_may_come_before_it(path, t
         assert accepted(link, key, 2) + accepted(store, key, 9) == 3
 
 
-def test_a_thread_does_not_wait_without_end_for_another_one(path, monkeypatch):
+def test_a_thread_does_not_wait_without_end_for_another_one(unhurried, path, monkeypatch):
     monkeypatch.setattr(keys, "BUSY_TIMEOUT", 0)
     with closing(KeyStore(path)) as store:
         _, secret = store.create("app")
