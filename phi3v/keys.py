@@ -96,11 +96,8 @@ class KeyStore:
         self._lock, self._connections = threading.Lock(), ExitStack()
         self._usage: list[tuple] = []  # last_used, prompt and completion tokens, id: not written yet
         self._ends: dict[str, float | None] = {}  # id: expires, as last read, whoever read it
-        self._closing, self._stuck, self._told = (
-            threading.Event(),
-            False,
-            -math.inf,
-        )  # when the log was told of an error
+        self._closing, self._stuck = threading.Event(), False  # stuck: usage cannot be written now
+        self._told = -math.inf  # when the log was told of an error
         self.created = create and not self.path.exists()
         if self.created:
             _create(self.path, f"{SCHEMA}; {MIGRATION}")
