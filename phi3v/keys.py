@@ -111,8 +111,6 @@ class KeyStore:
         """Write the usage and let go of the files."""
         self._closing.set()
         self._thread.join()
-        self._flush()
-        self._connections.close()
 
     def create(self, name: str, rate_limit: int = 100, expires: float | None = None) -> tuple[Key, str]:
         """A new key and its secret, which is not stored and cannot be shown again."""
@@ -205,6 +203,8 @@ class KeyStore:
     def _keep_house(self) -> None:
         while not self._closing.wait(FLUSH):
             self._flush()
+        self._flush()
+        self._connections.close()
 
     def _flush(self) -> None:
         """Read which keys there are and write the usage; until that can be done, `verify` lets nobody in."""

@@ -327,7 +327,7 @@ def until(condition) -> None:
     assert condition()
 
 
-def test_usage_is_written_later_in_one_go_by_itself_and_when_the_store_is_closed(path, clock, monkeypatch):
+def test_usage_is_written_later_in_one_go_by_itself_and_when_the_store_is_closed(path, clock, monkeypatch, caplog):
     assert keys.FLUSH == 0.5
     monkeypatch.setattr(keys, "FLUSH", 99)
     with closing(KeyStore(path, clock=clock)) as store:
@@ -339,7 +339,8 @@ def test_usage_is_written_later_in_one_go_by_itself_and_when_the_store_is_closed
         store.record(other, 1, 2)
         store.record(key, 1, 2)
         assert usage(path) == [(1.7e9, 2, 2, 4)]
-    assert usage(path) == [(1.7e9, 3, 3, 6)]
+        store.close()
+    assert usage(path) == [(1.7e9, 3, 3, 6)] and caplog.text == ""  # closed twice is closed
     monkeypatch.setattr(keys, "FLUSH", 0.01)
     with closing(KeyStore(path, clock=clock)) as store:
         for requests in (4, 5):
