@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import threading
 import time
 import weakref
@@ -310,6 +311,20 @@ def test_room_is_counted_as_batches_hold_it_and_not_only_as_their_rows_need_it(e
     engine._batches.clear()
 
 
+def test_who_may_run_with_few_only_waits_and_is_left_alone(engine):
+    runs, waits = (sequences.Sequence(Prompt([1] * 40, [], 20), 0, sequences.Generation(1)) for _ in "ab")
+    runs.begin(False, 2, None)
+    engine._cache.most = 0
+    engine._reading, engine._waiting = [runs], [waits]
+    engine._alive.update([runs, waits])
+    for limits, may in (((math.inf, math.inf), True), ((math.inf, 1), False), ((1, math.inf), False), ((2, 2), True)):
+        for s, together in zip((runs, waits), limits, strict=True):
+            s.together = together
+        assert (engine._next() is waits) == may, limits
+    engine._reading, engine._waiting = [], []
+    engine._alive.clear()
+
+
 def test_limits_come_from_memory_and_may_be_set():
     engine = Engine(partial(model.load, TINY))
     engine.wait()
@@ -494,6 +509,22 @@ def test_whatever_fails_once_in_whichever_phase_costs_nobody_an_answer(monkeypat
     monkeypatch.setattr(owner, phase, broken)
     assert run(engine, *[Prompt(prompt.ids, [], most)] * 16) == [greedy[:most]] * 16
     assert "it happens" in caplog.text and not engine._alive
+    engine.close()
+
+
+def test_a_pass_that_fails_while_one_waits_for_the_token_that_takes_it_to_the_other_regime_loses_none(monkeypatch):
+    engine, admit, failed = Engine(partial(model.load, TINY), cache_bytes=0), Engine._admit, []
+    engine.wait()
+
+    def broken(self):
+        if not failed and any(s.flying for s in self._waiting):
+            failed.append(len(self._begun()))
+            raise OSError("it happens")
+        return admit(self)
+
+    monkeypatch.setattr(Engine, "_admit", broken)
+    cases = [single("tiny-su.text_cross"), single("tiny-su.text_short"), single("tiny-su.text_64")]
+    assert run(engine, *[prompt for prompt, _ in cases]) == [greedy for _, greedy in cases] and failed[0] >= 2
     engine.close()
 
 
