@@ -31,6 +31,7 @@ UNITS = {"": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3, "M": 60, "H": 3600, "D
 COUNT = r"([1-9][0-9]{0,8})()", "a whole number of at least 1"
 SIZE = r"([0-9]{1,12})(?i:([KMG]B|))", "a size such as 500KB, 1MB, 4GB or 1048576"
 TIME = r"([1-9][0-9]{0,5})([mhd])", "a time such as 30m, 12h or 90d, nor 'never'"
+GRACE = TIME[0], "a time such as 30m or 24h"
 QUESTION = "What is shown in this image?"
 ENDS = signal.SIGINT, signal.SIGTERM
 WATCH = 0.5  # seconds between two looks at the certificate's files and at the engine
@@ -184,6 +185,14 @@ def update(arguments: argparse.Namespace) -> None:
         print(_table([keys.update(_reference(arguments.key), **changes)]))
 
 
+def rotate(arguments: argparse.Namespace) -> None:
+    with closing(KeyStore(arguments.db, create=False)) as keys:
+        key, secret = keys.rotate(_reference(arguments.key), arguments.grace)
+    print(secret)
+    end = f"ends in {arguments.grace:,} s" if arguments.grace else "has ended"
+    print(f"phi3v: that is key {key.id} ({key.name}) now, shown only this once; the one before {end}", file=sys.stderr)
+
+
 def delete(arguments: argparse.Namespace) -> None:
     with closing(KeyStore(arguments.db, create=False)) as keys:
         key = keys.delete(_reference(arguments.key))
@@ -258,6 +267,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--rate-limit", type=count)
     sub.add_argument("--name")
     sub.add_argument("--expires", type=duration, help="from now on, such as 90d; or never")
+    sub = rotate_ = command(rotate, "rotate", "give a key a new secret and print it, once; all else stays")
+    sub.add_argument(
+        "--grace", type=_kind(*GRACE), default=0, help="the old one stays valid so long, as 24h (not at all)"
+    )
     delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
     sub = generate_ = command(generate, "generate", "answer one prompt in the terminal")
     sub.add_argument("prompt")
@@ -265,11 +278,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-tokens", type=int, help="the most tokens of the answer (512)")
     sub.add_argument("--num-crops", type=int, help="the most crops a picture is cut into, 1 to 16")
     sub.add_argument("--json", action="store_true", help="print the reply that the server would give")
-    for sub in (update_, delete_):
+    for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
     for sub in (serve_, generate_):
         _option(sub, "--model", "demo", help="demo (the embedded one), a checkpoint folder or a hub id")
-    for sub in (serve_, create_, list_, update_, delete_):
+    for sub in (serve_, create_, list_, update_, rotate_, delete_):
         _option(sub, "--db", "keys.db", help="the file that holds the keys")
     return parser
 

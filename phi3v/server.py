@@ -289,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
                 if streamed:
                     self._stream(answer.events(self._watched(deltas), include_usage))
                 else:
-                    reply = answer.whole(filter(None, self._watched(deltas)))
+                    reply = answer.whole(self._watched(deltas))
         finally:
             self._count(answer.counts if answer else {})
         if not streamed:

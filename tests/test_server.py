@@ -504,6 +504,7 @@ def test_usage_comes_at_the_end_of_a_stream_if_it_is_asked_for(site):
     assert (last["choices"], last["usage"]["total_tokens"]) == ([], 5)
     _, chunks = streamed(site.connect().send(site.http(json.dumps({"prompt": ["ab", "c"], **options}).encode())))
     assert json.loads(chunks[-2][6:])["usage"]["total_tokens"] == 7
+    assert [" status=200 " in site.line() for _ in range(2)] == [True] * 2  # now both are counted, too
     assert site.keys.find(site.key.id).completion_tokens == 2 + 4
 
 
