@@ -120,7 +120,7 @@ def test_of_all_heads_that_differ_in_one_byte_those_that_we_accept_are_read_by_h
 
 
 def mostly(usual: list[bytes], odd: list[bytes]) -> st.SearchStrategy[bytes]:
-    return st.sampled_from(usual * (1 + 12 * len(odd) // len(usual)) + odd)
+    return st.sampled_from(usual * (1 + 40 * len(odd) // len(usual)) + odd)
 
 
 SPACE = mostly([b" "], [b"", b"\t", b"  ", b"\v", b"\xa0", b"\r", b"\0"])
@@ -145,7 +145,9 @@ BAD = {name: [name.replace(b"-", b"_"), name + b" ", b" " + name, name + b"\0", 
 
 @st.composite
 def requests(draw) -> bytes:
-    """A head of parts that are good for the most part, in which some bytes may then be changed."""
+    """A head of parts that are good for the most part, in which some bytes may then be changed; at times just bytes."""
+    if not draw(st.integers(0, 19)):
+        return draw(st.binary(max_size=99))
     names = draw(st.lists(mostly(list(PAIRS), [b"X"]), max_size=5))
     names = [b"Host"] * (draw(st.integers(0, 19)) > 0) + names if b"Host" not in names else names
     if draw(st.integers(0, 9)):  # or Host and framing would be refused nearly always, for being there twice
@@ -170,12 +172,12 @@ def test_generated_heads_raise_nothing_but_our_errors_and_what_we_accept_h11_rea
 
     @settings(max_examples=EXAMPLES, **QUICK)
     @example(b"")
-    @given(requests() | st.binary(max_size=99))
+    @given(requests())
     def compare(data):
         met[agree(data)] += 1
 
     compare()
-    assert min(met.values()) > EXAMPLES / 10, met  # or one of the two was hardly tried
+    assert min(met.values()) > EXAMPLES / 5, met  # or one of the two was hardly tried
 
 
 @settings(max_examples=max(EXAMPLES // 10, 300), **QUICK)
