@@ -98,8 +98,8 @@ class LLM(AbstractContextManager):
         What is kept is used for the same owner only. After `patience` seconds of silence there is a None for a Delta.
         """
         params, prompts, decoders, counts = request.params, [], [], []
-        for chat in request.chats:
-            crops = [self._crops(picture, params) for picture in chat.pictures]
+        opened = self._open(request, owner)
+        for chat, crops in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
                 mine, length = self._choices(parts, crops, request, owner)
@@ -112,6 +112,10 @@ class LLM(AbstractContextManager):
             for branch in range(params.n):
                 prompts.append(Prompt(ids, crops, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
+        for chat, crops in zip(request.chats, opened, strict=True):  # what the prompts hold, now that none was refused
+            for k, picture in enumerate(chat.pictures):
+                with _named(picture):
+                    crops[k] = crops[k].crops()
         generation = self._engine.submit(prompts, patience)
         if params.choices:
             return Deltas(generation, _chosen(generation, counts, params.choices))
@@ -121,15 +125,21 @@ class LLM(AbstractContextManager):
         """Free the model; requests that still run fail."""
         self._engine.close()
 
-    def _crops(self, picture: Picture, params: SamplingParams) -> images.Crops:
-        source, most = picture.source, picture.num_crops or params.num_crops or self._num_crops
-        try:
-            is_url = isinstance(source, str) and source[:5].lower() == "data:"
-            return images.process(images.load(image_bytes(source) if is_url else source), most)
-        except RequestError as error:
-            raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
+    def _open(self, request: Request, owner: str) -> list[list[images.Header]]:
+        """The pictures of each chat, not decoded yet. What comes over the wire, from an owner, is limited in all."""
+        opened, pixels = [[] for _ in request.chats], 0
+        for chat, headers in zip(request.chats, opened, strict=True):
+            for picture in chat.pictures:
+                source, most = picture.source, picture.num_crops or request.params.num_crops or self._num_crops
+                with _named(picture):
+                    is_url = isinstance(source, str) and source[:5].lower() == "data:"
+                    headers.append(images.open(image_bytes(source) if is_url else source, most))
+                    pixels += headers[-1].pixels
+                    if owner and pixels > images.MAX_JPEG_PIXELS:
+                        raise RequestError(f"with it there are {pixels / 1e6:.0f} megapixels, at most 64 may be in all")
+        return opened
 
-    def _encode(self, parts: Parts, crops: list[images.Crops], request: Request) -> list[int]:
+    def _encode(self, parts: Parts, crops: list[images.Header], request: Request) -> list[int]:
         try:
             return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
         except RequestError as error:
@@ -164,6 +174,15 @@ class LLM(AbstractContextManager):
             given = f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}"
             raise RequestError(f"{given}: more than the context of {context}", "max_tokens")
         return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
+
+
+@contextmanager
+def _named(picture: Picture) -> Iterator[None]:
+    """The message says which picture it was."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
 
 
 class Deltas(AbstractContextManager, Iterator):
