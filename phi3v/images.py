@@ -6,7 +6,6 @@ Knows nothing of tokens' text or of the model. Size and kind are checked on the 
 import ctypes
 import hashlib
 import io
-import logging
 import math
 import os
 import re
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import RequestError
+from .request import image_bytes
 
 SIDE = 336  # pixels of a crop's side, CLIP ViT-L/14-336
 TOKENS = 144  # a crop's tokens: 24 × 24 patches, merged 2 × 2
@@ -30,14 +30,13 @@ MAX_SIDE = 16_384  # pixels
 MAX_ASPECT = 50  # beyond it a picture is a line after the HD transform
 MAX_PIXELS = 16_000_000  # decoded at 3 or 4 bytes, and once more when its mode or orientation changes
 MAX_JPEG_PIXELS = 64_000_000  # phones make 48-megapixel JPEGs, which libjpeg scales down while decoding
-MAX_SAMPLES = 96_000_000  # of a progressive JPEG, kept at 2 bytes each to its last scan: 64 megapixels in 4:2:0
-MAX_SCANS = 16  # of such a one, and up to 64 of a smaller one; 10 are usual, and each goes over the whole picture
-COMPRESSIONS = "raw packbits tiff_lzw tiff_deflate tiff_adobe_deflate jpeg group3 group4".split()  # of a TIFF
+MAX_SAMPLES = 96_000_000  # of a progressive JPEG, which are kept at 2 bytes each: 64 megapixels in 4:2:0
+MAX_SCANS = 16  # of such a JPEG, 64 of a smaller one; 10 are usual, and each goes over the whole picture
+MAX_READS = 100_000  # of a file: a million small parts take seconds, and a large PNG in parts of 1 KB half of this
 DECODES = threading.Semaphore(2)  # two decodes at once bound the memory they take
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # EXIF's 2 to 8
-# What Pillow and libtiff find wrong with a picture is told to who sent it, and not printed.
+# What is wrong with a picture is told to its sender; Pillow and libtiff would print it as well.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
+TiffImagePlugin.logger.disabled = True
 ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 # OpenAI's CLIP statistics, RGB, the same in every Phi-3-vision preprocessor_config.json
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -80,75 +79,60 @@ def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
     return size
 
 
-def grid(size: tuple[int, int], num_crops: int) -> tuple[int, int]:
-    """The (rows, columns) of crops that a picture of this (width, height) is cut into."""
-    width, height = hd_size(max(size), min(size), num_crops)
-    rows, columns = math.ceil(height / SIDE), width // SIDE
-    return (rows, columns) if size[0] >= size[1] else (columns, rows)
-
-
-@dataclass
 class Header:
-    """A picture that was checked but not decoded: its image slots, and the `pixels` of the file; its `size`
-    (width, height) is what it is decoded to, upright."""
+    """A picture of which the header was checked, and nothing is decoded: bytes, a path, a data: URL or a PIL image.
 
-    image: Image.Image | None
-    turn: Image.Transpose | None  # what sets it upright
-    size: tuple[int, int]
-    pixels: int
-    num_crops: int
-    tokens: int
+    `tokens` are its image slots, `pixels` those of the file. Raises RequestError or, for a path, OSError.
+    """
+
+    def __init__(self, source, num_crops: int, param: str = "images"):
+        if isinstance(source, str) and source[:5].lower() == "data:":
+            source = image_bytes(source, param)
+        elif isinstance(source, str | os.PathLike):
+            source = Path(source).read_bytes()
+        if not isinstance(source, bytes | bytearray | memoryview | Image.Image):
+            raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
+        self._num_crops, self._param = num_crops, param
+        with _told(param):
+            self._image = image = source if isinstance(source, Image.Image) else _open(bytes(source))
+            may_be_large = image is source or image.format in ("JPEG", "MPO")  # MPO: a JPEG with a second one behind it
+            _check_size(*image.size, MAX_JPEG_PIXELS if may_be_large else MAX_PIXELS)
+            self.pixels = math.prod(image.size)
+            if image is not source and self.pixels > MAX_PIXELS:
+                image.draft("RGB", (image.width // 2, image.height // 2))  # changes pixels, so only when it must
+            lies = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # not a PNG's own getexif, which decodes it
+            self._size = image.size[::-1] if lies and image.format != "TIFF" else image.size  # a TIFF's says it already
+            width, height = hd_size(max(self._size), min(self._size), num_crops)
+            grid = math.ceil(height / SIDE), width // SIDE
+            self.tokens = token_count(*grid if self._size[0] >= self._size[1] else grid[::-1])
 
     def crops(self) -> Crops:
-        """The picture decoded and cut, once only: its pixels are not kept. Raises RequestError."""
+        """Decode and cut it, once only: what is decoded is not kept, and each copy of it has 64 MB."""
+        image, self._image = self._image, None
         with DECODES:
-            return process(self.upright(), self.num_crops)
-
-    def upright(self) -> Image.Image:
-        """The picture decoded, in RGB on white, once only. Raises RequestError."""
-        image, self.image = self.image, None
-        with _damage_told():
-            image.seek(0)  # the first frame of an animation
-            image.load()
-            image = _to_rgb(image)
-            image = image if self.turn is None else image.transpose(self.turn)
-        if image.size != self.size:
-            raise RequestError("the picture says in two places how it lies, and not the same: save it again")
-        return image
-
-
-def open(source, num_crops: int) -> Header:
-    """What the header of bytes, a path or a PIL image says; raises RequestError or, for a path, OSError."""
-    if isinstance(source, str | os.PathLike):
-        source = Path(source).read_bytes()
-    if not isinstance(source, bytes | bytearray | memoryview | Image.Image):
-        raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
-    with _damage_told():
-        image = source if isinstance(source, Image.Image) else _open(bytes(source))
-        pixels = math.prod(image.size)
-        if image is source:
-            _check_size(*image.size, MAX_JPEG_PIXELS)
-        elif pixels > MAX_PIXELS:
-            image.draft("RGB", (image.width // 2, image.height // 2))  # changes pixels, so only when it must
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own getexif decodes it
-        lies = orientation in range(2, 9) and image.format != "TIFF"  # which Pillow itself turns
-        turn = Image.Transpose[TURNS[orientation - 2]] if lies else None
-        size = image.size[::-1] if lies and orientation > 4 else image.size
-        return Header(image, turn, size, pixels, num_crops, token_count(*grid(size, num_crops)))
+            with _told(self._param):
+                image.seek(0)  # the first frame of an animation
+                image = ImageOps.exif_transpose(image)  # a phone's photo lies on its side until this is applied
+                if image.size != self._size:
+                    raise RequestError("the picture says in two places how it lies, and not the same: save it again")
+                image = _to_rgb(image)
+            return process(image, self._num_crops)
 
 
 @contextmanager
-def _damage_told() -> Iterator[None]:
+def _told(param: str) -> Iterator[None]:
+    """Pillow's decoders raise whatever the bytes lead them to, and its words may leak addresses."""
     try:
         yield
-    except RequestError:
-        raise
-    except Image.DecompressionBombError:  # over twice what Pillow itself finds safe
-        raise RequestError(f"the picture has far over {MAX_JPEG_PIXELS / 1e6:.0f} megapixels") from None
-    except UnidentifiedImageError:
-        raise RequestError(f"the picture is none of {', '.join(FORMATS)}") from None
-    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to; its words may leak addresses
-        raise RequestError("the picture cannot be decoded: it is damaged or cut off") from error
+    except Exception as error:
+        reason = "the picture cannot be decoded: it is damaged or cut off"
+        if isinstance(error, RequestError):
+            reason = error.message
+        elif isinstance(error, UnidentifiedImageError):
+            reason = f"the picture is none of {', '.join(FORMATS)}"
+        elif isinstance(error, Image.DecompressionBombError):  # over twice what Pillow itself finds safe
+            reason = f"the picture has far over {MAX_JPEG_PIXELS / 1e6:.0f} megapixels"
+        raise RequestError(f"{param}: {reason}", param) from error
 
 
 def process(image: Image.Image, num_crops: int) -> Crops:
@@ -191,18 +175,31 @@ def _bicubic(size: int) -> tuple[np.ndarray, np.ndarray]:
     return taps.clip(0, size - 1).astype(int), weights
 
 
+class _File(io.BytesIO):
+    reads = 0
+
+    def read(self, *size: int) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise RequestError("the picture's file is in too many parts: save it again")
+        return super().read(*size)
+
+
 def _open(source: bytes) -> Image.Image:
     if source[4:8] == b"ftyp":
         raise RequestError("HEIC and AVIF pictures are not read: send JPEG (an iPhone does with 'Most Compatible')")
-    image = Image.open(io.BytesIO(source), formats=FORMATS)
-    is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a second picture behind the first
-    _check_size(*image.size, MAX_JPEG_PIXELS if is_jpeg else MAX_PIXELS)
-    if is_jpeg:
-        _check_scans(image, source.count(b"\xff\xda", image.fp.tell()) + 1)  # the header ends with the first of them
-    if image.format == "TIFF" and image.info["compression"] not in COMPRESSIONS:
-        raise RequestError(f"a TIFF's compression may be {', '.join(COMPRESSIONS)}, not {image.info['compression']}")
-    if image.format == "PNG" and (behind := re.search(rb"eXIf(?=II\*\0|MM\0\*)", source)):
-        image.info.setdefault("exif", source[behind.end() :])  # how it lies may be said behind the pixels
+    image = Image.open(_File(source), formats=FORMATS)
+    if image.format in ("JPEG", "MPO"):
+        (_, across, down, _), *_ = image.layer
+        samples = math.prod(image.size) * sum(h * v for _, h, v, _ in image.layer) / (across * down)
+        scans = source.count(b"\xff\xda", image.fp.tell()) + 1  # the header ends with the first
+        if scans > 1 and max(scans, MAX_SCANS) * max(samples, MAX_SAMPLES / 4) > MAX_SCANS * MAX_SAMPLES:
+            work = f"{scans} scans of {samples / 1e6:.0f} million samples"
+            raise RequestError(f"the JPEG has {work}, too many: save it again without progressive mode")
+    elif len(image.tile) > MAX_SIDE:
+        raise RequestError("the TIFF has more strips than it may have rows: save it again")
+    elif "exif" not in image.info and (behind := re.search(rb"eXIf(?=II\*\0|MM\0\*)", source)):
+        image.info["exif"] = source[behind.end() :]  # a PNG may say how it lies behind the pixels
     return image
 
 
@@ -211,12 +208,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise RequestError("pictures with 32 bits a channel have no set white: save it with 8 or 16")
-    if image.has_transparency_data:  # nothing is converted that need not be: each copy is 64 MB
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
+    if image.has_transparency_data:
+        image, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
         return white
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _check_size(width: int, height: int, most: int) -> None:
@@ -226,12 +222,3 @@ def _check_size(width: int, height: int, most: int) -> None:
         raise RequestError(f"the picture has {width * height / 1e6:.0f} megapixels, at most {most / 1e6:.0f} may be")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RequestError(f"a picture may be {MAX_ASPECT} times as long as wide, not {width}×{height}")
-
-
-def _check_scans(image: Image.Image, scans: int) -> None:
-    """A JPEG of several scans is kept whole, and each of them goes over all of it: both are limited by its samples."""
-    across, down = (max(layer[k] for layer in image.layer) for k in (1, 2))
-    samples = math.prod(image.size) * sum(layer[1] * layer[2] for layer in image.layer) / (across * down)
-    if scans > 1 and max(scans, MAX_SCANS) * max(samples, MAX_SAMPLES / 4) > MAX_SCANS * MAX_SAMPLES:
-        work = f"{scans} scans of {samples / 1e6:.0f} million samples"
-        raise RequestError(f"the JPEG has {work}, too many: save it again without progressive mode")

@@ -19,7 +19,7 @@ from . import __version__, images, model
 from .cache import shared_length
 from .engine import Engine
 from .errors import RequestError, SetupError, check_text
-from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, image_bytes, question
+from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Parts, Tokenizer
 
@@ -98,7 +98,12 @@ class LLM(AbstractContextManager):
         What is kept is used for the same owner only. After `patience` seconds of silence there is a None for a Delta.
         """
         params, prompts, decoders, counts = request.params, [], [], []
-        opened = self._open(request, owner)
+        crops = params.num_crops or self._num_crops
+        opened = [[images.Header(p.source, p.num_crops or crops, p.param) for p in c.pictures] for c in request.chats]
+        pixels = sum(header.pixels for headers in opened for header in headers)
+        if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
+            message = f"the pictures have {pixels / 1e6:.0f} megapixels in all, at most 64 may be"
+            raise RequestError(message, "messages" if request.clamp else "images")
         for chat, crops in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
@@ -112,10 +117,8 @@ class LLM(AbstractContextManager):
             for branch in range(params.n):
                 prompts.append(Prompt(ids, crops, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
-        for chat, crops in zip(request.chats, opened, strict=True):  # what the prompts hold, now that none was refused
-            for k, picture in enumerate(chat.pictures):
-                with _named(picture):
-                    crops[k] = crops[k].crops()
+        for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
+            headers[:] = [header.crops() for header in headers]
         generation = self._engine.submit(prompts, patience)
         if params.choices:
             return Deltas(generation, _chosen(generation, counts, params.choices))
@@ -124,20 +127,6 @@ class LLM(AbstractContextManager):
     def close(self) -> None:
         """Free the model; requests that still run fail."""
         self._engine.close()
-
-    def _open(self, request: Request, owner: str) -> list[list[images.Header]]:
-        """The pictures of each chat, not decoded yet. What comes over the wire, from an owner, is limited in all."""
-        opened, pixels = [[] for _ in request.chats], 0
-        for chat, headers in zip(request.chats, opened, strict=True):
-            for picture in chat.pictures:
-                source, most = picture.source, picture.num_crops or request.params.num_crops or self._num_crops
-                with _named(picture):
-                    is_url = isinstance(source, str) and source[:5].lower() == "data:"
-                    headers.append(images.open(image_bytes(source) if is_url else source, most))
-                    pixels += headers[-1].pixels
-                    if owner and pixels > images.MAX_JPEG_PIXELS:
-                        raise RequestError(f"with it there are {pixels / 1e6:.0f} megapixels, at most 64 may be in all")
-        return opened
 
     def _encode(self, parts: Parts, crops: list[images.Header], request: Request) -> list[int]:
         try:
@@ -174,15 +163,6 @@ class LLM(AbstractContextManager):
             given = f"the prompt has {prompt_tokens} tokens and max_tokens is {asked}"
             raise RequestError(f"{given}: more than the context of {context}", "max_tokens")
         return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
-
-
-@contextmanager
-def _named(picture: Picture) -> Iterator[None]:
-    """The message says which picture it was."""
-    try:
-        yield
-    except RequestError as error:
-        raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
 
 
 class Deltas(AbstractContextManager, Iterator):
