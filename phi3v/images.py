@@ -32,7 +32,7 @@ MAX_PIXELS = 16_000_000  # decoded at 3 or 4 bytes, and once more when its mode 
 MAX_JPEG_PIXELS = 64_000_000  # phones make 48-megapixel JPEGs, which libjpeg scales down while decoding
 MAX_SAMPLES = 96_000_000  # of a progressive JPEG, which are kept at 2 bytes each: 64 megapixels in 4:2:0
 MAX_SCANS = 16  # of such a JPEG, 64 of a smaller one; 10 are usual, and each goes over the whole picture
-MAX_READS = 100_000  # of a file: a million small parts take seconds, and a large PNG in parts of 1 KB half of this
+MAX_READS = 30_000  # of a file: a million small parts take seconds, the largest PNG in parts of 8 KB is 25,000
 DECODES = threading.Semaphore(2)  # two decodes at once bound the memory they take
 # What is wrong with a picture is told to its sender; Pillow and libtiff would print it as well.
 warnings.filterwarnings("ignore", module=r"PIL\.")

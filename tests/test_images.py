@@ -1,6 +1,9 @@
 """Picture bytes → crops: geometry, colours, orientation, and every limit."""
 
 import io
+import random
+import sys
+import threading
 import warnings
 from pathlib import Path
 from unittest.mock import patch
@@ -11,6 +14,9 @@ from PIL import Image, ImageDraw
 
 from phi3v import images
 from phi3v.errors import RequestError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench" / "guarantees"))
+import pictures
 
 PARITY = Path(__file__).parent / "parity"
 GEOMETRY = dict(np.load(PARITY / "geometry.npz"))
@@ -127,14 +133,8 @@ def test_a_huge_photo_is_scaled_down_while_it_is_decoded(kind):
     assert load(encoded(photo, kind, **second)).size == (3000, 2000)
 
 
-def many_scans() -> bytes:
-    """A small progressive JPEG that says its last scan again and again, each of which costs a whole decode."""
-    data = encoded(Image.new("L", (400, 400), 200), "JPEG", progressive=True)
-    last = data.rfind(b"\xff\xda")
-    return data[:-2] + data[last:-2] * 100 + b"\xff\xd9"
-
-
 SMALL = encoded(Image.new("RGB", (50, 50), "red"), "PNG")
+LZW = encoded(Image.effect_noise((99, 99), 50), "TIFF", compression="tiff_lzw")
 REFUSED = {
     "no picture": (b"hello", "none of PNG, JPEG"),
     "nothing": (b"", "none of PNG, JPEG"),
@@ -147,7 +147,7 @@ REFUSED = {
     "a long side": (encoded(Image.new("1", (16385, 400)), "PNG"), "16384"),
     "a bomb": (encoded(Image.new("1", (13300, 13300)), "PNG"), "177 megapixels, at most 16"),
     "a bigger bomb": (encoded(Image.new("1", (16000, 16000)), "PNG"), "far over 64 megapixels"),
-    "a JPEG of many scans": (many_scans(), "106 scans of 0 million samples, too many"),
+    "a broken TIFF": (LZW[:20] + b"\xff" * 200 + LZW[220:], "damaged or cut off"),
     "a float TIFF": (encoded(Image.new("F", (9, 9), 0.5), "TIFF"), "32 bits a channel"),
     "a big PNG": (encoded(Image.new("1", (4001, 4000)), "PNG"), "16 megapixels, at most 16"),
     "a big JPEG": (encoded(Image.new("L", (8001, 8000)), "JPEG"), "64 megapixels, at most 64"),
@@ -165,11 +165,110 @@ def test_what_cannot_or_must_not_be_read_is_refused(name):
 
 
 def test_a_picture_is_not_decoded_before_its_size_is_known(monkeypatch):
+    allowed = SMALL, encoded(Image.new("RGB", (6000, 4000)), "JPEG"), *pictures.originals()
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(RequestError, match="megapixels"):
         load(REFUSED["a big PNG"][0])
+    for data in allowed:
+        assert images.Header(data, 4).tokens > 0
 
 
 def test_other_types_are_a_programming_error():
     with pytest.raises(TypeError, match="not int"):
         load(7)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "PIL"])
+def test_the_header_tells_the_tokens_of_the_upright_picture(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source = encoded(Image.new("RGB", (700, 300), "red"), "JPEG" if kind == "PIL" else kind, exif=exif)
+    header = images.Header(Image.open(io.BytesIO(source)) if kind == "PIL" else source, 4)
+    crops = header.crops()
+    assert crops.grid == ((1, 2) if orientation < 5 else (2, 1))
+    assert header.tokens == crops.tokens
+
+
+@pytest.mark.parametrize("size", [(6000, 4001), (4001, 6000), (7999, 7999), (8000, 2050)])
+def test_the_header_tells_the_tokens_of_a_photo_that_is_scaled_down(size):
+    photo = encoded(Image.new("L", size), "JPEG")
+    for num_crops in (1, 4, 9, 16):
+        header = images.Header(photo, num_crops)
+        assert header.pixels == size[0] * size[1]
+        assert header.tokens == images.process(Image.new("RGB", header._image.size), num_crops).tokens
+    assert header.crops().tokens == header.tokens
+
+
+def test_a_png_may_say_behind_its_pixels_how_it_lies():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    front = encoded(Image.new("RGB", (40, 20), "blue"), "PNG", exif=exif)
+    at = front.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(front[at : at + 4], "big")
+    behind = front[:at] + front[end:-12] + front[at:end] + front[-12:]
+    assert behind.index(b"IDAT") < behind.index(b"eXIf")
+    assert load(behind).size == load(front).size == (20, 40)
+
+
+def test_a_picture_that_lies_in_two_ways_is_refused():
+    said = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(Image.new("RGB", (40, 20)), "TIFF", tiffinfo={700: said})
+    with pytest.raises(RequestError, match="says in two places how it lies"):
+        load(data)
+
+
+def test_what_a_picture_says_about_itself_is_dropped():
+    exif = Image.Exif()
+    exif[0x010E] = "who and where"
+    digests = {
+        images.Header(encoded(Image.new("RGB", (40, 20)), "JPEG", **more), 4).crops().digest
+        for more in ({}, {"exif": exif}, {"comment": b"words"}, {"dpi": (9, 9)})
+    }
+    assert len(digests) == 1
+
+
+def test_two_pictures_are_decoded_at_once_and_no_more(monkeypatch):
+    inside, leave = threading.Barrier(3), threading.Event()
+
+    def process(image, num_crops):
+        inside.wait(30)
+        assert leave.wait(30)
+
+    monkeypatch.setattr(images, "process", process)
+    threads = [threading.Thread(target=images.Header(SMALL, 4).crops) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    inside.wait(30)  # both are there
+    assert not images.DECODES.acquire(blocking=False)
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert images.DECODES.acquire(blocking=False)
+    images.DECODES.release()
+
+
+BOMBS = {name: data for bombs in (pictures.over, pictures.crafted) for name, data in bombs()}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_in_one_line(name, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own; outside pytest they are ignored
+        with pytest.raises(RequestError) as caught:
+            images.Header(BOMBS[name], 16).crops()
+    assert len(caught.value.message) < 200 and "\n" not in caught.value.message and caught.value.status == 400
+    assert capfd.readouterr() == ("", "")
+
+
+def test_mutated_files_are_read_or_refused_and_nothing_is_printed(capfd, monkeypatch):
+    monkeypatch.setattr(images, "process", lambda image, num_crops: None)
+    originals, answers, rng = pictures.originals(), [], random.Random(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not any(pictures.attempt(data) for data in originals)
+        for data in originals * 20:
+            answers.append(pictures.attempt(pictures.mutated(data, rng)))
+    assert 100 < answers.count("") < len(answers) - 300
+    assert all(len(answer) < 200 and "\n" not in answer for answer in answers)
+    assert capfd.readouterr() == ("", "")
