@@ -9,10 +9,11 @@ import io
 import math
 import os
 import re
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,14 @@ MAX_JPEG_PIXELS = 64_000_000  # phones make 48-megapixel JPEGs, which libjpeg sc
 MAX_SAMPLES = 96_000_000  # of a progressive JPEG, which are kept at 2 bytes each: 64 megapixels in 4:2:0
 MAX_SCANS = 16  # of such a JPEG, 64 of a smaller one; 10 are usual, and each goes over the whole picture
 MAX_READS = 30_000  # of a file: a million small parts take seconds, the largest PNG in parts of 8 KB is 25,000
+MAX_EXIF = 500_000  # bytes, of which a JPEG holds 65,536 in one piece
+BYTES = (1, 2, 6, 7)  # those types of a TIFF's tags that may be long
 DECODES = threading.Semaphore(2)  # two decodes at once bound the memory they take
 # What is wrong with a picture is told to its sender; Pillow and libtiff would print it as well.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 TiffImagePlugin.logger.disabled = True
-ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+with suppress(AttributeError):  # a Pillow without libtiff, or with a static one
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 # OpenAI's CLIP statistics, RGB, the same in every Phi-3-vision preprocessor_config.json
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -188,18 +192,26 @@ class _File(io.BytesIO):
 def _open(source: bytes) -> Image.Image:
     if source[4:8] == b"ftyp":
         raise RequestError("HEIC and AVIF pictures are not read: send JPEG (an iPhone does with 'Most Compatible')")
+    if source[:2] in (b"II", b"MM"):  # a TIFF: Pillow makes an object of each number, strip, tile, colour
+        order = "<" if source[:2] == b"II" else ">"
+        (at,) = struct.unpack_from(order + "I", source, 4)
+        (tags,) = struct.unpack_from(order + "H", source, at)
+        numbers = struct.iter_unpack(order + "HHII", source[at + 2 : at + 2 + 12 * tags])
+        long = (tag in (273, 320, 324, 339) or kind not in BYTES for tag, kind, count, _ in numbers if count > MAX_SIDE)
+        if b"+" in source[2:4] or any(long):
+            raise RequestError(f"the TIFF is a BigTIFF, or has over {MAX_SIDE:,} strips: save it again")
     image = Image.open(_File(source), formats=FORMATS)
     if image.format in ("JPEG", "MPO"):
         (_, across, down, _), *_ = image.layer
         samples = math.prod(image.size) * sum(h * v for _, h, v, _ in image.layer) / (across * down)
-        scans = source.count(b"\xff\xda", image.fp.tell()) + 1  # the header ends with the first
+        scans = source.count(b"\xff\xda", image.fp.tell()) + 1  # a JPEG's header ends with the first
         if scans > 1 and max(scans, MAX_SCANS) * max(samples, MAX_SAMPLES / 4) > MAX_SCANS * MAX_SAMPLES:
             work = f"{scans} scans of {samples / 1e6:.0f} million samples"
             raise RequestError(f"the JPEG has {work}, too many: save it again without progressive mode")
-    elif len(image.tile) > MAX_SIDE:
-        raise RequestError("the TIFF has more strips than it may have rows: save it again")
-    elif "exif" not in image.info and (behind := re.search(rb"eXIf(?=II\*\0|MM\0\*)", source)):
-        image.info["exif"] = source[behind.end() :]  # a PNG may say how it lies behind the pixels
+    elif image.format == "PNG" and (behind := re.search(rb"eXIf(?=II\*\0|MM\0\*)", source)):
+        image.info.setdefault("exif", source[behind.end() :][:MAX_EXIF])  # it may say how it lies behind the pixels
+    if len(image.info.get("exif") or b"") > MAX_EXIF:
+        raise RequestError(f"the picture's EXIF has over {MAX_EXIF:,} bytes: save it again")
     return image
 
 

@@ -139,11 +139,18 @@ def crafted() -> Iterator[tuple[str, bytes]]:
     yield "GIF of 10⁶ comments", gif[:at] + b"!\xfe\1a\0" * 1_000_000 + gif[at:]
     yield "TIFF 2³¹ wide", tiff(bytes(2500), t256=(4, 1, 2**31 - 1))
     yield "TIFF of 4·10⁹ samples a pixel", tiff(bytes(2500), t277=(4, 1, 4_000_000_000))
-    yield "TIFF of 90,000 strips", tiff(bytes(750_000), t273=(4, 90_000, 8), t279=(4, 90_000, 8), t278=(4, 1, 1))
-    yield (
-        "TIFF of 30,000 tags on the same bytes",
-        tiff(bytes(400_000), **{f"t{k}": (4, 90_000, 8) for k in range(33_000, 63_000)}),
-    )
+    for name, tags in {
+        "strips": {"t273": (4, 3_500_000, 8), "t278": (4, 1, 1)},
+        "strips in bytes": {"t273": (1, 14_000_000, 8), "t278": (4, 1, 1)},
+        "fractions": {"t282": (5, 1_750_000, 8)},
+        "colours": {"t262": (3, 1, 3), "t320": (1, 14_000_000, 8)},
+    }.items():
+        yield f"TIFF of many {name}", tiff(bytes(14_000_000), **tags)
+    yield "BigTIFF", b"II+\0\b\0\0\0\x10" + bytes(99)
+    yield "TIFF of 30,000 tags", tiff(bytes(400_000), **{f"t{k}": (1, 390_000, 8) for k in range(33_000, 63_000)})
+    lies = tiff(bytes(14_000_000), t274=(5, 1_750_000, 8))
+    yield "PNG with EXIF of 14 MB", png[:33] + chunk(b"eXIf", lies) + png[33:]
+    yield "WebP with EXIF of 14 MB", encoded(Image.new("RGB", (50, 50)), "WEBP", exif=b"Exif\0\0" + lies)
     tile = {"t322": (4, 1, 60_000), "t323": (4, 1, 60_000), "t324": (4, 1, 8), "t325": (4, 1, len(zeros))}
     yield "TIFF tile of 3.6 gigapixels", tiff(zeros, t259=(3, 1, 8), **tile)
     yield "BMP 2³¹ wide", bmp[:18] + struct.pack("<ii", 2**31 - 1, 2**31 - 1) + bmp[26:]
