@@ -1,6 +1,7 @@
 """From outside: `serve` as its own process in an empty folder, asked by curl, by the examples and by Python's ssl."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -11,12 +12,15 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from phi3v.tls import ensure_certificate
 
 ROOT = Path(__file__).parent.parent
 CIRCLE = ROOT / "phi3v" / "demo" / "red-circle.png"
@@ -34,9 +38,9 @@ DOCUMENT = """curl -X POST https://localhost:{port}/v1/completions \\
 class Running:
     """A server as a newcomer starts it, and what it printed."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *program: str):
         self.folder = folder
-        command = [sys.executable, "-m", "phi3v", "serve", "--first-key", "--port", "0"]
+        command = [sys.executable, *(program or ("-m", "phi3v")), "serve", "--first-key", "--port", "0"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PHI3V_")} | {"PYTHONUNBUFFERED": "1"}
         self.stderr = open(folder / "stderr", "w+")
         self.process = subprocess.Popen(
@@ -247,3 +251,98 @@ def test_generate_streams_the_answer_and_prints_json_when_asked(tmp_path):
     reply = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
     assert json.loads(reply.stdout)["responses"] == ["A red circle."]
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def eventually(condition) -> bool:
+    """Whether it becomes true within half a minute."""
+    return any(condition() or time.sleep(0.05) for _ in range(600))
+
+
+def refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def make_pairs(folder: Path) -> list[Path]:
+    """Two folders with a pair of ours each."""
+    folders = [folder / name for name in "ab"]
+    for each in folders:
+        each.mkdir()
+        ensure_certificate(each / "server.crt", each / "server.key")
+    return folders
+
+
+def fingerprint_of(certfile: Path) -> str:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certfile.read_text())).hexdigest()
+
+
+def fingerprint_on(port: int) -> str:
+    """Of the certificate that a new connection is shown."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("localhost", port)) as raw, context.wrap_socket(raw) as tls:
+        return hashlib.sha256(tls.getpeercert(True)).hexdigest()
+
+
+def test_a_changed_certificate_is_taken_without_a_restart_and_one_without_its_key_is_not(tmp_path):
+    running, other = Running(tmp_path), tmp_path / "other"
+    other.mkdir()
+    pairs = [[(folder / name).read_bytes() for name in ("server.crt", "server.key")] for folder in make_pairs(other)]
+    log, shown = tmp_path / "server.log", fingerprint_on(running.port)
+
+    def put(name: str, content: bytes) -> None:
+        (tmp_path / "new").write_bytes(content)
+        (tmp_path / "new").replace(tmp_path / name)
+
+    put("server.crt", pairs[0][0])
+    assert eventually(lambda: "the certificate in use stays" in log.read_text())
+    assert fingerprint_on(running.port) == shown
+    put("server.key", pairs[0][1])
+    assert eventually(lambda: fingerprint_on(running.port) not in shown)
+    assert status(running, running.key) == 200  # and it verifies
+    for name, content in zip(("server.crt", "server.key"), pairs[1], strict=True):
+        put(name, content)
+    running.process.send_signal(signal.SIGHUP)
+    assert eventually(lambda: fingerprint_on(running.port) == fingerprint_of(tmp_path / "server.crt"))
+    assert status(running, running.key) == 200
+    assert running.stop() == 0
+
+
+def test_a_second_signal_ends_at_once_and_the_first_answers_what_runs(tmp_path):
+    running = Running(tmp_path)
+    context = ssl.create_default_context(cafile=tmp_path / "server.crt")
+    with socket.create_connection(("127.0.0.1", running.port)) as raw:
+        with context.wrap_socket(raw, server_hostname="localhost") as tls:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {running.key}\r\n"
+            tls.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 9\r\n\r\n".encode())
+            assert tls.pending() == 0
+            running.process.send_signal(signal.SIGTERM)
+            assert eventually(lambda: refused(running.port))
+            running.process.send_signal(signal.SIGINT)
+            assert running.process.wait(5) == -signal.SIGINT
+    running.stop()
+
+
+BREAKING = """
+import sys
+from phi3v.__main__ import main
+from phi3v.engine import Engine
+turn = Engine._turn
+def breaks(engine):
+    if engine._arrived or engine._waiting:
+        raise SystemError("the engine's own fault")
+    turn(engine)
+Engine._turn = breaks
+sys.exit(main())
+"""
+
+
+def test_a_server_whose_engine_has_died_says_so_and_exits_with_1(tmp_path):
+    running = Running(tmp_path, "-c", BREAKING)
+    assert status(running, running.key) in (500, 503)
+    assert running.process.wait(30) == 1
+    assert "phi3v: the engine has failed" in (tmp_path / "stderr").read_text()
+    running.stop()

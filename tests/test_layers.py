@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "phi3v"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"keys", "tls", "metrics", "request", "kernel"},
-    {"protocol", "images", "tokenizer", "sampling", "language", "vision"},
+    {"keys", "tls", "metrics", "request", "kernel", "head"},
+    {"connection", "protocol", "images", "tokenizer", "sampling", "language", "vision"},
     {"model", "cache", "sequences"},
     {"engine"},
     {"llm"},

@@ -9,12 +9,14 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import phi3v
-from phi3v.errors import RequestError, SetupError
+from phi3v.errors import RequestError, SetupError, Unavailable
 from phi3v.images import Header
+from phi3v.protocol import Answer
 from phi3v.request import Picture, Request, SamplingParams, question
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 160, 60), (40, 80, 220)
@@ -92,6 +94,34 @@ def test_a_stream_is_the_answer_in_pieces_with_its_counts(llm):
     assert len(pieces) > 10 and all(d.finish_reason is None for d in pieces[:-1])
     last = pieces[-1]
     assert (last.finish_reason, last.prompt_tokens, last.completion_tokens) == ("stop", 12, 25)
+
+
+def test_with_patience_there_is_an_item_for_each_token_though_it_shows_nothing_yet(llm):
+    request = Request([question("What is 3 + 4?", [])], SamplingParams(stop=("3 + 4 = 7!",)))
+    with llm.answer(request, patience=60) as deltas:
+        items = list(deltas)
+    shown = [item for item in items if item]
+    assert "".join(d.text for d in shown) == "3 + 4 = 7." and items[:3] == [None] * 3
+    assert len(items) == shown[-1].completion_tokens + 1  # and one for the end
+    assert Answer(True, "demo").whole(iter(items))["choices"][0]["message"]["content"] == "3 + 4 = 7."
+    with llm.answer(request) as deltas:
+        assert list(deltas) == shown
+    choices = Request([question("What is 3 + 4?", [])], SamplingParams(choices=("3", "7", "3 + 4 = 7.")))
+    with llm.answer(choices, patience=60) as deltas:
+        *before, last = deltas
+    assert before == [None] * 2 and last.text == "3 + 4 = 7."
+
+
+def test_memory_that_is_lacking_for_a_picture_is_no_fault_of_the_request(llm, monkeypatch):
+    def hungry(*_):
+        return np.ones(2**50)
+
+    monkeypatch.setattr(phi3v.images, "process", hungry)
+    with pytest.raises(Unavailable, match="not enough memory for these pictures now; try again in 5 s") as caught:
+        llm.generate("What is shown in this image?", [CIRCLE])
+    assert caught.value.headers == {"Retry-After": "5"}
+    monkeypatch.undo()
+    assert llm.generate("What is shown in this image?", [CIRCLE]) == "A red circle."
 
 
 def test_max_tokens_cuts_the_answer_and_nothing_else(llm):
