@@ -128,6 +128,8 @@ def _told(param: str) -> Iterator[None]:
     """Pillow's decoders raise whatever the bytes lead them to, and its words may leak addresses."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         reason = "the picture cannot be decoded: it is damaged or cut off"
         if isinstance(error, RequestError):

@@ -98,24 +98,26 @@ class LLM(AbstractContextManager):
         What is kept is the owner's own. With `patience`, so many seconds of silence, or a token unseen, are a None.
         """
         params, prompts, decoders, counts = request.params, [], [], []
-        crops = params.num_crops or self._num_crops
-        opened = [[images.Header(p.source, p.num_crops or crops, p.param) for p in c.pictures] for c in request.chats]
+        num_crops = params.num_crops or self._num_crops
+        opened = [
+            [images.Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats
+        ]
         pixels = sum(header.pixels for headers in opened for header in headers)
         if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
             message = f"the pictures have {pixels / 1e6:.0f} megapixels in all, at most 64 may be"
             raise RequestError(message, "messages" if request.clamp else "images")
-        for chat, crops in zip(request.chats, opened, strict=True):
+        for chat, pictures in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
-                mine, length = self._choices(parts, crops, request, owner)
+                mine, length = self._choices(parts, pictures, request, owner)
                 prompts += mine
                 counts += [(length, len(p.ids) - length) for p in mine]
                 continue
-            ids = self._encode(parts, crops, request)
+            ids = self._encode(parts, pictures, request)
             most = self._room(len(ids), request)
             goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
             for branch in range(params.n):
-                prompts.append(Prompt(ids, crops, most, self._end_ids, owner, params, branch))
+                prompts.append(Prompt(ids, pictures, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
         try:
             for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
