@@ -1,0 +1,138 @@
+"""F29, B7, B11, E27: what must not be in the log, and what other programs find."""
+
+import base64
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from report import Line, NotRun, none_of
+from service import HERE, PYTHON, ROOT, Service
+
+CANARY = "Zaunkoenig7041"
+HIDDEN = "phi3v_" + CANARY + "x" * (36 - len(CANARY))  # in the form of a key: those are masked wherever they stand
+REQUESTS = 300
+FIGURES_SECONDS, HEADS = 240, 100_000
+
+
+def canary():
+    """A word that a client sends in every place it can: not in the log, nor on the terminal."""
+    rng, sent = random.Random(1), 0
+    with Service() as server:
+        kinds = [*well_formed(server.key), *malformed()]
+        for _ in range(REQUESTS):
+            with contextlib.suppress(OSError), server.connect(timeout=2) as connection:
+                connection.sendall(rng.choice(kinds))
+                connection.recv(65536)
+                sent += 1
+        time.sleep(0.5)
+        server.process.terminate()
+        server.process.wait(40)
+        texts = server.log() + server.process.stdout.read() + (server.folder / "stderr").read_text()
+    hidden = base64.b64encode(CANARY.encode()).decode()[:16]
+    found = [row[:120] for row in texts.splitlines() if CANARY in row or hidden in row]
+    yield none_of(
+        "F29",
+        "log lines with a word out of a key, prompt, picture, header or malformed request",
+        found,
+        f"{sent} requests",
+    )
+
+
+def well_formed(key: str) -> list[bytes]:
+    picture = base64.b64encode(CANARY.encode() * 9).decode()
+    body = json.dumps({"prompt": CANARY, "max_tokens": 4, "images": [picture], "stop": [CANARY]}).encode()
+    asked = json.dumps({"prompt": f"Say {CANARY}", "max_tokens": 24}).encode()
+    wrong = f'{{"prompt": "{CANARY}", '.encode()
+    headers = f"Cookie: {CANARY}\r\nUser-Agent: {CANARY}\r\nReferer: {CANARY}\r\nX-{CANARY}: 1\r\n"
+    made = []
+    for content in (body, asked, wrong):
+        for secret in (key, HIDDEN, CANARY):
+            for route in ("/v1/completions", "/v1/chat/completions", f"/v1/completions?q={CANARY}", f"/{HIDDEN}"):
+                head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
+                made.append(f"{head}X-API-Key: {secret}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+    return made
+
+
+def malformed() -> list[bytes]:
+    heads = [
+        f"GET /{HIDDEN}\x00 HTTP/1.1\r\nHost: localhost",
+        f"{CANARY} / HTTP/1.1\r\nHost: localhost",
+        f"GET / {CANARY}/1.1\r\nHost: localhost",
+        f"GET /health HTTP/1.1\r\nHost: {CANARY}",
+        f"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: {CANARY}",
+        f"GET /health HTTP/1.1\r\nHost: localhost\r\n{CANARY} : 1",
+        f"GET /health HTTP/1.1\r\nHost: localhost\r\nX: 1\r\n {CANARY}",
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {CANARY}",
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: {CANARY}",
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nContent-Type: {CANARY}",
+        f"GET /health HTTP/1.1\r\nHost: localhost\r\nAuthorization: {CANARY} {CANARY}\x7f",
+        f"GET /health HTTP/1.1\r\nHost: localhost\r\nX: {CANARY * 2000}",
+        CANARY,
+    ]
+    return [f"{head}\r\n\r\n".encode() for head in heads]
+
+
+def heads():
+    """The parser of request heads against h11."""
+    if not (ROOT / "tests" / "test_head.py").exists():
+        raise NotRun("tests/test_head.py is not there")
+    done = tested(PYTHON, "tests/test_head.py", {"PHI3V_HEADS": str(HEADS)}, 290)
+    yield Line("B7", f"{HEADS:,} random heads read as h11 does", "passed", done[0], done[1])
+
+
+def described():
+    """schemathesis: requests that docs/openapi.json allows, and others."""
+    python = PYTHON.removesuffix("/bin/python") + "-clients/bin/python"
+    if not Path(python).exists():
+        raise NotRun("needs the environment of make test-clients")
+    done = tested(python, "tests/clients/test_openapi.py", {}, 290)
+    yield Line("B11", "the server is as docs/openapi.json describes it (schemathesis)", "passed", done[0], done[1])
+
+
+def tested(python: str, file: str, environment: dict[str, str], seconds: int) -> tuple[str, bool]:
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=seconds
+    )
+    return re.sub(r"=+ ?", "", (done.stdout.strip().splitlines() or ["no output"])[-1]), done.returncode == 0
+
+
+def bandit():
+    program = Path(sys.executable).with_name("bandit")
+    if not program.exists():
+        raise NotRun("needs bandit")
+    done = subprocess.run([program, "-q", "-r", "phi3v", "-f", "json"], cwd=ROOT, capture_output=True, text=True)
+    found = json.loads(done.stdout)["results"]
+    bad = [f"{f['test_id']} {f['filename']}:{f['line_number']}" for f in found if f["issue_severity"] != "LOW"]
+    yield none_of("E27", "findings of bandit of medium severity and more", bad, f"and {len(found) - len(bad)} low ones")
+
+
+def key_figures():
+    yield from figures("keys.py", "D23")
+
+
+def picture_figures():
+    yield from figures("pictures.py", "E26")
+
+
+def figures(script: str, line: str):
+    """Those that another script of this folder prints as one JSON object: {what: figure, or the fields of a Line}."""
+    if not (HERE / script).exists():
+        raise NotRun(f"bench/guarantees/{script} is not there")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    done = subprocess.run(
+        [PYTHON, str(HERE / script)], env=environment, capture_output=True, text=True, timeout=FIGURES_SECONDS
+    )
+    assert done.returncode == 0, done.stderr[-300:]
+    for what, value in json.loads(done.stdout).items():
+        yield (
+            Line(**{"line": line, "what": what, "target": "", "note": ""} | value)
+            if isinstance(value, dict)
+            else Line(line, what, "", str(value), None)
+        )
