@@ -13,8 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from report import Line, at_most, is_true, none_of
-from service import LONG, Probe, Service, healthy, phi3v, reset, wait_until
+from report import at_most, is_true, none_of
+from service import LONG, Probe, Service, phi3v, reset, wait_until
 
 STREAM = LONG | {"stream": True}
 SHORT = {"prompt": "What is 3 + 4?", "max_tokens": 1}
@@ -32,53 +32,35 @@ def slow_reader():
         line = next((row for row in server.log().splitlines() if "request=slow " in row), "")
         freed = wait_until(lambda: server.sequences() == 0, 5)
     made = int((re.search(r"completion_tokens=(\d+)", line) or [0, 0])[1])
-    yield at_most(
-        "C14",
-        "a stream that is not read is cut",
-        took,
-        WRITE + 5,
-        "s",
-        "write deadline 15 s, once the buffers are full",
-    )
-    cut = 0 < made < 32 * 1024 or (line and not made)
-    yield is_true("C14", "its generation is cancelled", bool(cut), f"{made:,} of 32,768 tokens made")
+    yield at_most("C14", "a stream that is not read is cut", took, WRITE + 5, "s", "15 s once the buffers are full")
+    yield is_true("C14", "its generation is cancelled", line and made < 32_768, f"after {made:,} of 32,768 tokens")
     yield at_most("C14", "its places are free", freed, 1, "s", "after that")
 
 
 def gone():
     """How long a generation outlives its client; looked at by /metrics."""
     took = {}
-    with Service() as server, contextlib.closing(metrics(server)) as watch:
+    with Service() as server:
         for streamed in (False, True):
             for how, leave in {"closed": socket.socket.close, "reset": reset, "half closed": half_close}.items():
                 times = []
                 for _ in range(5):
                     client = server.post(LONG | {"stream": streamed})
-                    wait_until(lambda: server.sequences(watch) == 1, 5, 0.002)
+                    wait_until(lambda: server.sequences() == 1, 5, 0.002)
                     time.sleep(0.05)
                     begun = time.perf_counter()
                     leave(client)
-                    wait_until(lambda: server.sequences(watch) == 0, 10, 0.002)
+                    wait_until(lambda: server.sequences() == 0, 10, 0.002)
                     times.append((time.perf_counter() - begun) * 1000)
                     client.close()
                 took[f"{how}{', streamed' if streamed else ''}"] = max(times)
     note = ", ".join(f"{how} {ms:.0f}" for how, ms in took.items())
-    yield at_most(
-        "C15",
-        "a client that goes away ends its generation",
-        max(took.values()),
-        120,
-        "ms",
-        f"slowest of 5 each: {note}",
-    )
+    note = f"slowest of 5 each: {note}"
+    yield at_most("C15", "a client that goes away ends its generation", max(took.values()), 120, "ms", note)
 
 
 def half_close(client: socket.socket) -> None:
     socket.socket.shutdown(client, socket.SHUT_WR)  # not the SSLSocket's own, which forgets the TLS state
-
-
-def metrics(server: Service) -> http.client.HTTPSConnection:
-    return http.client.HTTPSConnection("localhost", server.port, context=server.trust, timeout=10)
 
 
 def disconnects():
@@ -89,19 +71,15 @@ def disconnects():
 
     with Service() as server, ThreadPoolExecutor(8) as pool:
         sizes = []
-        for count in (200, DISCONNECTS):  # the first ones warm up
+        for count in (500, DISCONNECTS):  # the first ones warm up
             list(pool.map(leave, [server] * count))
             wait_until(lambda: server.sequences() == 0, 10)
             time.sleep(1)
             sizes.append((server.ps.memory_info().rss / 2**20, server.ps.num_threads(), server.ps.num_fds()))
         before, after = sizes
     yield at_most("C15", f"memory after {DISCONNECTS:,} disconnects", after[0] - before[0], 5, "MB")
-    yield is_true(
-        "C15",
-        "threads and descriptors after them",
-        before[1:] == after[1:],
-        f"{before[1]}→{after[1]} and {before[2]}→{after[2]}",
-    )
+    counts = f"{before[1]}→{after[1]} and {before[2]}→{after[2]}"
+    yield is_true("C15", "threads and descriptors stay", before[1:] == after[1:], counts)
 
 
 def full():
@@ -136,9 +114,8 @@ def generating():
         with Probe(server) as probe:
             time.sleep(3)
         running = server.sequences()
-    yield at_most(
-        "C16", "/health while 8 long answers are made, p99", probe.p99, 50, "ms", f"{probe.note}; {running} still run"
-    )
+    note = f"{probe.note}; {running} still run"
+    yield at_most("C16", "/health while 8 long answers are made, p99", probe.p99, 50, "ms", note)
 
 
 def stopped():
@@ -147,19 +124,19 @@ def stopped():
         wait_until(lambda: server.sequences() == 1, 5)
         server.process.send_signal(signal.SIGTERM)
         closed = wait_until(lambda: refuses(server.port), 5, 0.005)
-        idle = wait_until(lambda: not healthy(kept), 5, 0.01)
+        begun = time.perf_counter()
+        kept.settimeout(5)
+        with contextlib.suppress(OSError):
+            kept.recv(1)
+        idle = closed + time.perf_counter() - begun
         status, _, body = answer.result(60)
         code = server.process.wait(60)
         kept.close()
     made = json.loads(body)["usage"]["completion_tokens"] if status == 200 else 0
     yield at_most("C17", "SIGTERM closes the listener", closed, 0.5, "s")
-    yield at_most("C17", "and idle connections", closed + idle, 1, "s")
-    yield is_true(
-        "C17",
-        "the request in flight is answered, exit 0",
-        made == 1024 and code == 0,
-        f"{status}, {made} tokens, exit {code}",
-    )
+    yield at_most("C17", "and idle connections", idle, 1, "s")
+    said = f"{status}, {made} tokens, exit {code}"
+    yield is_true("C17", "the request in flight is answered, exit 0", made == 1024 and code == 0, said)
     with Service() as server, contextlib.closing(server.post(LONG)):
         wait_until(lambda: server.sequences() == 1, 5)
         server.process.send_signal(signal.SIGTERM)
@@ -214,8 +191,7 @@ def killed():
         with Service(folder=folder) as first, ThreadPoolExecutor(4) as pool:
             key, begun = first.create("limited", LIMIT), time.monotonic()
             jobs = [pool.submit(hammer, first, key, 10) for _ in range(4)]
-            wait_until(lambda: "status=200" in first.log(), 5)
-            time.sleep(0.1)
+            wait_until(lambda: first.log().count(" key=") >= 10, 5, 0.001)
             first.process.kill()
             answered += sum(job.result() for job in jobs)
             before = answered
@@ -227,12 +203,6 @@ def killed():
         shutil.rmtree(folder)
     within = time.monotonic() - begun
     yield is_true("D21", "keys.db after kill -9 under load", sound == "ok", sound)
-    note = f"{before} before, {answered - before} after, in {within:.0f} s: within one minute"
-    yield Line(
-        "D23",
-        "answered to a key of 60 a minute across kill -9",
-        f"{LIMIT}",
-        str(answered),
-        answered <= LIMIT and within < 60 and answered > before > 0,
-        note,
-    )
+    assert within < 60 and answered > before > 0
+    note = f"{before} before, {answered - before} after, in {within:.0f} s"
+    yield at_most("D23", f"answered to a key of {LIMIT} a minute across kill -9", answered, LIMIT, "", note)

@@ -16,6 +16,17 @@ from service import HERE, PYTHON, ROOT, Service
 
 CANARY = "Zaunkoenig7041"
 HIDDEN = "phi3v_" + CANARY + "x" * (36 - len(CANARY))  # in the form of a key: those are masked wherever they stand
+# What bandit finds and is none: the line of code as it stands, so that a changed one is looked at anew, and why.
+ADDRESSES = "text is compared; what is bound is --host"
+JUDGED = {
+    'everyone = arguments.host in ("0.0.0.0", "::")': ADDRESSES,
+    'local = public_name("0.0.0.0")': ADDRESSES,
+    'return [n for n in dict.fromkeys(names) if n and n not in ("0.0.0.0", "::", ".local")]': ADDRESSES,
+    'if host in ("0.0.0.0", "::"):': ADDRESSES,
+    'db.execute(f"UPDATE keys SET {column} = ? WHERE id = ?", (value, key.id))': "one of three names, checked above",
+    'return [Key(*row) for row in self._db.execute(f"SELECT {COLUMNS} FROM keys {which}", values)]': "our own words",
+    'db.execute(f"SELECT {COLUMNS}, hash FROM keys LIMIT 1")': "a constant",
+}
 REQUESTS = 300
 FIGURES_SECONDS, HEADS = 240, 100_000
 
@@ -28,20 +39,16 @@ def canary():
         for _ in range(REQUESTS):
             with contextlib.suppress(OSError), server.connect(timeout=2) as connection:
                 connection.sendall(rng.choice(kinds))
-                connection.recv(65536)
                 sent += 1
+                connection.recv(65536)
         time.sleep(0.5)
         server.process.terminate()
         server.process.wait(40)
         texts = server.log() + server.process.stdout.read() + (server.folder / "stderr").read_text()
     hidden = base64.b64encode(CANARY.encode()).decode()[:16]
     found = [row[:120] for row in texts.splitlines() if CANARY in row or hidden in row]
-    yield none_of(
-        "F29",
-        "log lines with a word out of a key, prompt, picture, header or malformed request",
-        found,
-        f"{sent} requests",
-    )
+    note = f"{sent} requests, {len(texts.splitlines())} lines of log"
+    yield none_of("F29", "lines with a word of a key, prompt, picture, header or malformed head", found, note)
 
 
 def well_formed(key: str) -> list[bytes]:
@@ -97,9 +104,8 @@ def described():
 
 def tested(python: str, file: str, environment: dict[str, str], seconds: int) -> tuple[str, bool]:
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=seconds
-    )
+    environment = os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     return re.sub(r"=+ ?", "", (done.stdout.strip().splitlines() or ["no output"])[-1]), done.returncode == 0
 
 
@@ -109,8 +115,16 @@ def bandit():
         raise NotRun("needs bandit")
     done = subprocess.run([program, "-q", "-r", "phi3v", "-f", "json"], cwd=ROOT, capture_output=True, text=True)
     found = json.loads(done.stdout)["results"]
-    bad = [f"{f['test_id']} {f['filename']}:{f['line_number']}" for f in found if f["issue_severity"] != "LOW"]
-    yield none_of("E27", "findings of bandit of medium severity and more", bad, f"and {len(found) - len(bad)} low ones")
+    bad, judged = [], 0
+    for finding in (f for f in found if f["issue_severity"] != "LOW"):
+        source = Path(ROOT, finding["filename"]).read_text().splitlines()[finding["line_number"] - 1].strip()
+        if source in JUDGED:
+            judged += 1
+        else:
+            bad.append(f"{finding['test_id']} {finding['filename']}:{finding['line_number']}")
+    low = sum(f["issue_severity"] == "LOW" for f in found)
+    note = f"{judged} more were judged one by one, in others.py; {low} low ones"
+    yield none_of("E27", "findings of bandit of medium severity and more", bad, note)
 
 
 def key_figures():
@@ -125,14 +139,9 @@ def figures(script: str, line: str):
     """Those that another script of this folder prints as one JSON object: {what: figure, or the fields of a Line}."""
     if not (HERE / script).exists():
         raise NotRun(f"bench/guarantees/{script} is not there")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    done = subprocess.run(
-        [PYTHON, str(HERE / script)], env=environment, capture_output=True, text=True, timeout=FIGURES_SECONDS
-    )
+    command = [PYTHON, str(HERE / script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=FIGURES_SECONDS)
     assert done.returncode == 0, done.stderr[-300:]
     for what, value in json.loads(done.stdout).items():
-        yield (
-            Line(**{"line": line, "what": what, "target": "", "note": ""} | value)
-            if isinstance(value, dict)
-            else Line(line, what, "", str(value), None)
-        )
+        fields = value if isinstance(value, dict) else {"measured": str(value), "holds": None}
+        yield Line(**{"line": line, "what": what, "target": ""} | fields)

@@ -25,9 +25,8 @@ import faults
 import floods
 import load
 import others
-import promises
-from report import Line, NotRun, table
-from service import HERE, PYTHON
+from report import Line, NotRun, in_security, lines_of, machine, table
+from service import HERE, PYTHON, ROOT
 
 PART_SECONDS = 300  # a part that takes longer is given up, and does not hold
 PARTS = {
@@ -58,7 +57,7 @@ PARTS = {
     "bandit": ("E27", others.bandit),
     "canary": ("F29", others.canary),
 }
-RESULTS = HERE / "results.json"
+RESULTS, SECURITY = HERE / "results.json", ROOT / "SECURITY.md"
 
 
 def main() -> int:
@@ -73,28 +72,25 @@ def main() -> int:
         print(*PARTS, sep="\n")
         return 0
     if arguments.table:
-        promises.write(json.loads(RESULTS.read_text()))
+        SECURITY.write_text(in_security(SECURITY.read_text(), json.loads(RESULTS.read_text())))
         return 0
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))  # the clients' sockets
     kept = json.loads(RESULTS.read_text())["parts"] if RESULTS.exists() else {}
-    measured = {}
+    holds, facts = [], about()
     for name in (name for name in PARTS if name in arguments.only):
         begun, lines = time.monotonic(), part(name)
-        measured[name] = {
-            "date": now(),
-            "seconds": round(time.monotonic() - begun),
-            "lines": [asdict(li) for li in lines],
-        }
-    parts = {name: each for name in PARTS if (each := measured.get(name) or kept.get(name))}
-    RESULTS.write_text(json.dumps(about() | {"parts": parts}, indent=1, ensure_ascii=False) + "\n")
-    lines = [Line(**line) for each in parts.values() for line in each["lines"]]
-    RESULTS.with_suffix(".md").write_text(f"{described()}\n\n{table(lines)}")
-    holds = [line["holds"] for each in measured.values() for line in each["lines"]]
-    print(
-        f"\n{holds.count(True)} lines hold, {holds.count(False)} do not, {holds.count(None)} were not run", flush=True
-    )
+        seconds = round(time.monotonic() - begun)
+        kept[name] = {"date": now(), "seconds": seconds, "lines": [asdict(line) for line in lines]}
+        save(facts | {"parts": {name: kept[name] for name in PARTS if name in kept}})
+        holds += [line.holds for line in lines]
+    print(f"\n{holds.count(True)} lines hold, {holds.count(False)} do not, {holds.count(None)} were not run")
     return int(False in holds)
+
+
+def save(results: dict) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    RESULTS.with_suffix(".md").write_text(f"Measured {machine(results)}\n\n{table(lines_of(results))}")
 
 
 def part(name: str) -> list[Line]:
@@ -121,7 +117,7 @@ def part(name: str) -> list[Line]:
 
 
 def too_long(*_) -> None:
-    raise TimeoutError(f"not done after {PART_SECONDS} s")
+    raise RuntimeError(f"not done after {PART_SECONDS} s")
 
 
 def now() -> str:
@@ -148,11 +144,6 @@ def processor() -> str:
     except OSError:  # macOS
         name = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
     return f"{name}, {platform.system()} {platform.release()}"
-
-
-def described() -> str:
-    it = about()
-    return f"{it['date']}, `{it['command']}`: {it['machine']}, {it['cores']} cores, Python {it['python']}, {it['openssl']}."
 
 
 if __name__ == "__main__":

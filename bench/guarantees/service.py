@@ -53,6 +53,7 @@ class Service:
         self.ps = psutil.Process(self.process.pid)
         self.certificate = self.folder / "server.crt"
         self.trust = ssl.create_default_context(cafile=self.certificate)
+        self._metrics = self.https()
         wait_until(lambda: self.health() == 200, START_SECONDS)
 
     def __enter__(self) -> "Service":
@@ -65,6 +66,8 @@ class Service:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+        if hasattr(self, "_metrics"):
+            self._metrics.close()
         self.said = (self.folder / "stderr").read_text()
         if self._own:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -92,32 +95,22 @@ class Service:
 
     def health(self) -> int:
         """The status of /health on a new connection, 0 if there was no answer."""
-        try:
-            with contextlib.closing(
-                http.client.HTTPSConnection("localhost", self.port, context=self.trust, timeout=5)
-            ) as c:
-                c.request("GET", "/health")
-                return c.getresponse().status
-        except OSError:
-            return 0
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(self.https(5)) as connection:
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+        return 0
 
     def ask(self, body: dict, key: str | None = None, timeout: float = 60) -> tuple[int, dict, bytes]:
         """Status, headers and body of one completion on a connection of its own."""
-        with contextlib.closing(
-            http.client.HTTPSConnection("localhost", self.port, context=self.trust, timeout=timeout)
-        ) as c:
-            c.request("POST", "/v1/completions", json.dumps(body), self._headers(key))
-            reply = c.getresponse()
+        with contextlib.closing(self.https(timeout)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body), self._headers(key))
+            reply = connection.getresponse()
             return reply.status, dict(reply.headers), reply.read()
 
     def post(self, body: dict, key: str | None = None, request_id: str = "bench", **options) -> socket.socket:
         """Send a completion's request and leave its answer unread."""
         text = json.dumps(body).encode()
-        headers = self._headers(key) | {
-            "Host": "localhost",
-            "Content-Length": str(len(text)),
-            "X-Request-Id": request_id,
-        }
+        headers = {"Host": "localhost", "Content-Length": len(text), "X-Request-Id": request_id} | self._headers(key)
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         connection = self.connect(**options)
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + text)
@@ -126,14 +119,13 @@ class Service:
     def _headers(self, key: str | None) -> dict[str, str]:
         return {"Content-Type": "application/json", "X-API-Key": key or self.key}
 
-    def sequences(self, connection: http.client.HTTPSConnection | None = None) -> int:
-        """How many run or wait now."""
-        with contextlib.ExitStack() as stack:
-            if not connection:
-                connection = http.client.HTTPSConnection("localhost", self.port, context=self.trust, timeout=10)
-                stack.enter_context(contextlib.closing(connection))
-            connection.request("GET", "/metrics", headers={"X-API-Key": self.key})
-            text = connection.getresponse().read().decode()
+    def https(self, timeout: float = 10) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection("localhost", self.port, context=self.trust, timeout=timeout)
+
+    def sequences(self) -> int:
+        """How many run or wait now; asked on a connection of its own, which stays."""
+        self._metrics.request("GET", "/metrics", headers={"X-API-Key": self.key})
+        text = self._metrics.getresponse().read().decode()
         return sum(int(float(n)) for n in re.findall(r"^phi3v_(?:running|waiting)_sequences (\S+)", text, re.M))
 
     def log(self) -> str:
