@@ -23,9 +23,9 @@ JUDGED = {
     'local = public_name("0.0.0.0")': ADDRESSES,
     'return [n for n in dict.fromkeys(names) if n and n not in ("0.0.0.0", "::", ".local")]': ADDRESSES,
     'if host in ("0.0.0.0", "::"):': ADDRESSES,
-    'db.execute(f"UPDATE keys SET {column} = ? WHERE id = ?", (value, key.id))': "one of three names, checked above",
-    'return [Key(*row) for row in self._db.execute(f"SELECT {COLUMNS} FROM keys {which}", values)]': "our own words",
-    'db.execute(f"SELECT {COLUMNS}, hash FROM keys LIMIT 1")': "a constant",
+    'self._write(f"UPDATE keys SET {columns}id = id WHERE id = ?", *changes.values(), key.id)': "names checked above",
+    'found = [Key(*row) for row in self._db.execute(f"SELECT {COLUMNS} FROM keys WHERE {which}", values)]': "constants",
+    'db.execute(f"SELECT {COLUMNS} FROM keys WHERE {BY_SECRET}", (b"", 0))': "constants",
 }
 REQUESTS, HEADS, MUTATED = 300, 100_000, 20_000
 SECONDS = 580  # that another program may take
