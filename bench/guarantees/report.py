@@ -82,5 +82,5 @@ def in_security(text: str, results: dict) -> str:
 def machine(results: dict) -> str:
     """When, how and where."""
     it = results
-    where = f"{it['machine']}, {it['cores']} cores that client and server share, others' load {it['load']}"
+    where = f"{it['machine']}, {it['cores']} cores that client and server share"
     return f"{it['date'][:10]} with `{it['command']}`: {where}; Python {it['python']}, {it['openssl']}."

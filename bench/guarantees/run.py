@@ -76,12 +76,13 @@ def main() -> int:
         return 0
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))  # the clients' sockets
-    kept = json.loads(RESULTS.read_text())["parts"] if RESULTS.exists() else {}
-    holds, facts = [], about()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}
+    kept, holds = found["parts"], []
+    facts = about() if arguments.only == list(PARTS) or not kept else found  # a part alone keeps the whole run's head
     for name in (name for name in PARTS if name in arguments.only):
-        begun, lines = time.monotonic(), part(name)
-        seconds = round(time.monotonic() - begun)
-        kept[name] = {"date": now(), "seconds": seconds, "lines": [asdict(line) for line in lines]}
+        load, begun, lines = os.getloadavg()[0], time.monotonic(), part(name)
+        took = {"date": now(), "seconds": round(time.monotonic() - begun), "load_before": round(load, 1)}
+        kept[name] = took | {"lines": [asdict(line) for line in lines]}
         save(facts | {"parts": {name: kept[name] for name in PARTS if name in kept}})
         holds += [line.holds for line in lines if line.holds is not None or not line.measured]
     print(f"\n{holds.count(True)} lines hold, {holds.count(False)} do not, {holds.count(None)} were not run")
@@ -124,7 +125,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def about() -> dict[str, str | float | None]:
+def about() -> dict[str, str | int | None]:
     versions = (
         "import platform, ssl, phi3v; print(phi3v.__version__, platform.python_version(), ssl.OPENSSL_VERSION, sep='|')"
     )
@@ -132,7 +133,7 @@ def about() -> dict[str, str | float | None]:
     command = shlex.join(["python", "bench/guarantees/run.py", *sys.argv[1:]])
     server = dict(zip(("phi3v", "python", "openssl"), found, strict=True))
     client = {"client_python": platform.python_version(), "client_openssl": ssl.OPENSSL_VERSION}
-    here = {"machine": processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    here = {"machine": processor(), "cores": os.cpu_count()}
     return {"command": command, "date": now()} | here | server | client
 
 
