@@ -30,11 +30,15 @@ Forbidden = _kind("Forbidden", 403, "permission_error")
 NotFound = _kind("NotFound", 404, "not_found_error")
 ModelNotFound = _kind("ModelNotFound", 404, "model_not_found")
 MethodNotAllowed = _kind("MethodNotAllowed", 405)
-SlowBody = _kind("SlowBody", 408)
+TooSlow = _kind("TooSlow", 408)
 LengthRequired = _kind("LengthRequired", 411)
 TooLarge = _kind("TooLarge", 413)
+TargetTooLong = _kind("TargetTooLong", 414)
 UnsupportedType = _kind("UnsupportedType", 415)
+Misdirected = _kind("Misdirected", 421)
 RateLimited = _kind("RateLimited", 429, "rate_limit_error")
+HeadTooLarge = _kind("HeadTooLarge", 431)
+NotImplementedHere = _kind("NotImplementedHere", 501)
 
 
 class Unavailable(RequestError):

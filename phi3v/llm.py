@@ -18,8 +18,8 @@ import numpy as np
 from . import __version__, images, model
 from .cache import shared_length
 from .engine import Engine
-from .errors import RequestError, SetupError, check_text
-from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, image_bytes, question
+from .errors import RequestError, SetupError, Unavailable, check_text
+from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Parts, Tokenizer
 
@@ -95,41 +95,45 @@ class LLM(AbstractContextManager):
     def answer(self, request: Request, owner: str = "", patience: float | None = None) -> "Deltas":
         """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them.
 
-        What is kept is used for the same owner only. After `patience` seconds of silence there is a None for a Delta.
+        What is kept is the owner's own. With `patience`, so many seconds of silence, or a token unseen, are a None.
         """
         params, prompts, decoders, counts = request.params, [], [], []
-        for chat in request.chats:
-            crops = [self._crops(picture, params) for picture in chat.pictures]
+        num_crops = params.num_crops or self._num_crops
+        opened = [
+            [images.Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats
+        ]
+        pixels = sum(header.pixels for headers in opened for header in headers)
+        if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
+            message = f"the pictures have {pixels / 1e6:.0f} megapixels in all, at most 64 may be"
+            raise RequestError(message, "messages" if request.clamp else "images")
+        for chat, pictures in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
-                mine, length = self._choices(parts, crops, request, owner)
+                mine, length = self._choices(parts, pictures, request, owner)
                 prompts += mine
                 counts += [(length, len(p.ids) - length) for p in mine]
                 continue
-            ids = self._encode(parts, crops, request)
+            ids = self._encode(parts, pictures, request)
             most = self._room(len(ids), request)
             goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
             for branch in range(params.n):
-                prompts.append(Prompt(ids, crops, most, self._end_ids, owner, params, branch))
+                prompts.append(Prompt(ids, pictures, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
+        try:
+            for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
+                headers[:] = [header.crops() for header in headers]
+        except MemoryError:
+            raise Unavailable("there is not enough memory for these pictures now") from None
         generation = self._engine.submit(prompts, patience)
-        if params.choices:
-            return Deltas(generation, _chosen(generation, counts, params.choices))
-        return Deltas(generation, _pieces(generation, [len(p.ids) for p in prompts], decoders))
+        chosen = params.choices and _chosen(generation, counts, params.choices)
+        pieces = chosen or _pieces(generation, [len(p.ids) for p in prompts], decoders)
+        return Deltas(generation, filter(None, pieces) if patience is None else pieces)
 
     def close(self) -> None:
         """Free the model; requests that still run fail."""
         self._engine.close()
 
-    def _crops(self, picture: Picture, params: SamplingParams) -> images.Crops:
-        source, most = picture.source, picture.num_crops or params.num_crops or self._num_crops
-        try:
-            is_url = isinstance(source, str) and source[:5].lower() == "data:"
-            return images.process(images.load(image_bytes(source) if is_url else source), most)
-        except RequestError as error:
-            raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
-
-    def _encode(self, parts: Parts, crops: list[images.Crops], request: Request) -> list[int]:
+    def _encode(self, parts: Parts, crops: list[images.Header], request: Request) -> list[int]:
         try:
             return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
         except RequestError as error:
@@ -185,7 +189,7 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
     made, running = [0] * len(lengths), set(range(len(lengths)))
     for item in generation:
         if item is None or item[0] not in running:
-            yield from () if item else (None,)
+            yield None
             continue
         index, token, reason = item
         decoder, known = decoders[index], generation.logprobs[index]
@@ -195,9 +199,8 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
         if decoder.stopped:
             generation.cancel(index)
             reason = "stop"
-        if text or reason:
-            counts = lengths[index], made[index], generation.cached[index]
-            yield Delta(index, text, reason, *counts, decoder.logprobs())
+        counts = lengths[index], made[index], generation.cached[index]
+        yield Delta(index, text, reason, *counts, decoder.logprobs()) if text or reason else None
         if reason:
             running.discard(index)
         if not running:
@@ -214,9 +217,11 @@ def _chosen(generation: Generation, counts: list[tuple], choices: tuple[str, ...
         chat = item[0] // len(choices)
         left[chat] -= 1
         cancelled |= {chat} if item[2] == "cancelled" else set()
-        if not left[chat] and chat in cancelled:
+        if left[chat]:
+            yield None
+        elif chat in cancelled:
             yield Delta(chat, "", "cancelled")
-        elif not left[chat]:
+        else:
             mine = slice(chat * len(choices), (chat + 1) * len(choices))
             scores = np.array(generation.scores[mine])
             shares = np.exp(scores - np.logaddexp.reduce(scores)).tolist()

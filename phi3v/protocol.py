@@ -150,10 +150,10 @@ class Answer:
         whole = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return whole | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    def whole(self, deltas: Iterable[Delta]) -> dict:
+    def whole(self, deltas: Iterable[Delta | None]) -> dict:
         """The reply; /v1/completions has the documented fields beside those of OpenAI's clients."""
         texts, logprobs = [""] * self._count, [[] for _ in range(self._count)]
-        for delta in deltas:
+        for delta in filter(None, deltas):
             self._last[delta.index] = delta
             texts[delta.index] += delta.text
             logprobs[delta.index] += delta.logprobs

@@ -68,11 +68,11 @@ def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "l
         if left > WARN_SECONDS:
             if name in names or "*." + name.partition(".")[2] in names:
                 return []
-            advice = f"delete {cert.name} and {key.name} and start again" if ours else "have one made for it"
+            advice = f"rm {cert.name} {key.name}, and start again" if ours else "have one made for it"
             return [f"the certificate {cert} is not valid for {name}, clients will refuse it: {advice}"]
         if not ours or left > 0:
             state = f"ends in {left / 86400:.0f} days" if left > 0 else "has expired"
-            advice = f"delete {cert.name} and start again" if ours else "put a new one in its place"
+            advice = f"rm {cert.name}, and start again" if ours else "put a new one in its place"
             return [f"the certificate {cert} {state}: {advice}"]
         notice = f"the certificate {cert} had expired and was made anew: clients have to trust it again"
     _make_certificate(cert, key, host_names(host))
@@ -84,6 +84,7 @@ def server_context(certfile: str | Path, keyfile: str | Path) -> ssl.SSLContext:
     # Not create_default_context: that one honours SSLKEYLOGFILE, which writes the session keys to a file.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # it costs us more than the client who asks for it
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
     try:

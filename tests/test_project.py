@@ -24,9 +24,8 @@ def test_readme_and_command_line_name_the_same_commands_and_options():
     parser = cli._parser()
     commands = next(action for action in parser._actions if action.choices).choices
     shown = set(re.findall(r"(?:^\$ |`|python -m )(?:\S+=\S+ )?phi3v (\w+)", README, re.M)) - {"COMMAND"}
-    assert shown == set(commands) - {"update", "delete"} and {"update --key", "delete --key"} <= set(
-        re.findall(r"`(update --key|delete --key)", README)
-    )
+    by_key = set(re.findall(r"`(\w+) --key ", README))
+    assert by_key == {"update", "rotate", "delete"} and shown == set(commands) - by_key
     flags = {flag for sub in commands.values() for action in sub._actions for flag in action.option_strings}
     elsewhere = {"--cacert"}  # curl's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - elsewhere <= flags

@@ -1,0 +1,144 @@
+"""One client's connection: TLS, heads and bodies in, answers out, each under a total deadline.
+
+Knows nothing of routes, keys or JSON. A deadline is for the whole of something, not for each of its bytes: who sends
+or reads a byte now and then is cut off like one who is silent. Only the connection's own thread touches it, but for
+`hang_up`. Raises ConnectionError when there is nobody to answer, RequestError when there is.
+"""
+
+import contextlib
+import select
+import socket
+import ssl
+import time
+
+from .errors import RequestError, TooSlow
+from .head import MAX_HEAD, Head, parse
+
+HANDSHAKE, HEAD, IDLE, WRITE = 5, 10, 60, 15  # seconds; IDLE is between two requests
+BODY, BODY_RATE = 10, 64 * 1024  # seconds, and one more for each so many bytes: a slow mobile uplink
+LINGER, SILENCE, MAX_LINGER = 5, 1, 32 * 1024 * 1024  # seconds in all, seconds without a byte, bytes
+READ = 16_384  # bytes: a TLS record's most
+SEND_BUFFER = 256 * 1024  # bytes of answers that the system keeps for a slow reader; on its own it takes 4 MB
+
+
+class PlainHTTP(Exception):
+    """Who connected speaks no TLS."""
+
+
+class Connection:
+    """`raw` once the handshake is done. Raises OSError or PlainHTTP, and leaves it open for what is to be said then."""
+
+    def __init__(self, raw: socket.socket, context: ssl.SSLContext):
+        end = time.monotonic() + HANDSHAKE
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        raw.settimeout(HANDSHAKE)
+        if raw.recv(1, socket.MSG_PEEK) not in (b"", b"\x16"):  # 0x16: a TLS handshake record
+            raise PlainHTTP
+        raw.settimeout(_left(end))
+        self._tls = context.wrap_socket(raw, server_side=True)
+        self._data, self._used = b"", False  # what came and was not read yet; whether there was a request before
+
+    def head(self) -> Head | None:
+        """The next request's head; None when the client has closed or was idle for too long."""
+        end = time.monotonic() + (IDLE if self._used and not self._data else HEAD)
+        found = parse(self._data)
+        while not found:
+            try:
+                more = self._receive(end)
+            except TimeoutError:
+                if not self._data:
+                    return None
+                raise TooSlow(f"the head did not arrive within {HEAD} s") from None
+            if not more and not self._data:
+                return None
+            if not more:
+                raise RequestError("the connection ended within the head")
+            if self._used and not self._data:
+                end = time.monotonic() + HEAD
+            self._data += more
+            # A line that comes byte by byte is looked at when it is whole or too long: each look costs.
+            if b"\n" in more or b"\n" not in self._data[2:] or len(self._data) >= MAX_HEAD:
+                found = parse(self._data)
+        self._data, self._used = self._data[found.size :], True
+        return found
+
+    def body(self, length: int) -> bytearray:
+        """The next `length` bytes; TooSlow, or RequestError when the client sends less."""
+        body, end = bytearray(length), time.monotonic() + BODY + length / BODY_RATE
+        got = min(length, len(self._data))
+        body[:got], self._data = self._data[:got], self._data[got:]
+        try:
+            while got < length:
+                self._tls.settimeout(_left(end))
+                more = self._tls.recv_into(memoryview(body)[got:])
+                if not more:
+                    raise RequestError(f"the body ended after {got:,} of {length:,} bytes")
+                got += more
+        except TimeoutError:
+            raise TooSlow(f"of the body {got:,} of {length:,} bytes arrived in time") from None
+        except OSError as error:
+            raise ConnectionAbortedError("the connection broke within the body") from error
+        return body
+
+    def send(self, data: bytes) -> None:
+        """All of it, or ConnectionError."""
+        end, view = time.monotonic() + WRITE, memoryview(data)
+        try:
+            while view:
+                self._tls.settimeout(_left(end))
+                view = view[self._tls.send(view) :]
+        except OSError as error:  # a time-out too: it reads too slowly
+            raise ConnectionAbortedError("the client does not read") from error
+
+    def gone(self) -> bool:
+        """Whether the client has closed its side: then nobody waits for the answer."""
+        if hasattr(select, "POLLRDHUP"):
+            poll = select.poll()
+            poll.register(self._tls, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        with contextlib.closing(select.kqueue()) as queue:  # macOS
+            events = queue.control([select.kevent(self._tls, select.KQ_FILTER_READ, select.KQ_EV_ADD)], 1, 0)
+            return any(event.flags & select.KQ_EV_EOF for event in events)
+
+    def own_address(self) -> str:
+        """The address of ours that the client has reached."""
+        return self._tls.getsockname()[0].removeprefix("::ffff:")
+
+    def hang_up(self) -> None:
+        """Take no more requests; for any thread: TLS is not touched."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._tls, socket.SHUT_RD)
+
+    def close(self) -> None:
+        """End in order, with TLS's close_notify."""
+        self._tls.settimeout(0)
+        with contextlib.suppress(OSError, ValueError):  # says that it does not wait for the client's own
+            self._tls.unwrap()
+        drain(self._tls)
+        self._tls.close()
+
+    def _receive(self, end: float) -> bytes:
+        self._tls.settimeout(_left(end))
+        try:
+            return self._tls.recv(READ)
+        except TimeoutError:
+            raise
+        except OSError as error:  # a reset, or what is no TLS
+            raise ConnectionAbortedError("the connection broke within the head") from error
+
+
+def drain(sock: socket.socket) -> None:
+    """Say that no more comes, and read away what the client still sends: a close before would reset the connection,
+    and the last answer could be lost with it."""
+    end, left, plain = time.monotonic() + LINGER, MAX_LINGER, socket.socket
+    with contextlib.suppress(OSError):
+        plain.shutdown(sock, socket.SHUT_WR)
+        while left > 0:
+            sock.settimeout(min(SILENCE, _left(end)))
+            more = len(plain.recv(sock, 65536))  # not to be decrypted any more
+            left -= more or left
+
+
+def _left(end: float) -> float:
+    return max(end - time.monotonic(), 0.001)  # 0 would mean: do not wait
