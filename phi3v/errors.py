@@ -38,6 +38,7 @@ UnsupportedType = _kind("UnsupportedType", 415)
 Misdirected = _kind("Misdirected", 421)
 RateLimited = _kind("RateLimited", 429, "rate_limit_error")
 HeadTooLarge = _kind("HeadTooLarge", 431)
+Internal = _kind("Internal", 500, "server_error")
 NotImplementedHere = _kind("NotImplementedHere", 501)
 
 

@@ -212,9 +212,9 @@ class Answer:
         }
 
 
-def error(status: int, message: str, kind: str, param: str | None = None) -> dict:
+def error(e: RequestError) -> dict:
     """The documented error, with the two fields that OpenAI's clients show."""
-    return {"error": {"code": str(status), "message": message, "type": kind, "param": param}}
+    return {"error": {"code": str(e.status), "message": e.message, "type": e.type, "param": e.param}}
 
 
 def render(body: dict) -> bytes:

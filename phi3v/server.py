@@ -5,9 +5,7 @@ its TLS handshake, so that a silent client holds up nobody else.
 """
 
 import contextlib
-import email.utils
 import errno
-import functools
 import http.client
 import json
 import logging
@@ -24,7 +22,7 @@ from collections.abc import Collection, Iterator
 from http.server import BaseHTTPRequestHandler
 
 from . import errors, protocol
-from .connection import Connection, PlainHTTP, drain
+from .connection import Connection
 from .head import Head
 from .metrics import CONTENT_TYPE, Metrics
 from .request import Delta
@@ -47,6 +45,8 @@ CORS = {
     "Access-Control-Max-Age": "600",
     "Vary": "Origin",
 }
+
+NO_HEAD = Head("", "", "", 1, {"connection": "close"}, None, False, 0)  # of a request that could not be read
 
 log = logging.getLogger("phi3v")
 
@@ -79,8 +79,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.max_content_length, self.max_chat_content_length = max_content_length, max_chat_content_length
         self.max_tokens, self.max_connections = max_tokens, max_connections
         self.started, self.metrics, self.stopping = int(time.time()), Metrics(), False
-        self._changed = threading.Condition()
-        self._handlers: dict[socket.socket, Handler | None] = {}  # by accepted socket; None during the handshake
+        self.handlers: dict[socket.socket, Handler | None] = {}  # by accepted socket; None during the handshake
+        self._left = threading.Condition()  # notified when there is one less
         self._selector = selectors.DefaultSelector()
         for host, port in addresses:
             self._listen(host, port or (self.server_address[1] if self._selector.get_map() else 0))
@@ -118,19 +118,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def verify_request(self, request: socket.socket, client_address) -> bool:
         """Take a connection unless there are too many; one more thread to tell it so would be one more."""
-        with self._changed:
-            if len(self._handlers) < self.max_connections:
-                self._handlers[request] = None
-            return request in self._handlers
+        if len(self.handlers) < self.max_connections:
+            self.handlers[request] = None
+        return request in self.handlers
 
     def finish_request(self, request: socket.socket, client_address) -> None:
         """Handshake and requests of one connection, on its own thread."""
         try:
             super().finish_request(request, client_address)
-        except PlainHTTP:
-            with contextlib.suppress(OSError):
-                request.sendall(_plain_http())
-                drain(request)
         except OSError as error:  # ssl.SSLError and time-outs are OSErrors too: the client's doing, not ours
             log.debug("connection of %s ended: %s", client_address[0], error)
 
@@ -138,22 +133,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         log.exception("connection of %s failed", client_address[0])
 
     def shutdown_request(self, request: socket.socket) -> None:
-        with self._changed:
-            self._handlers.pop(request, None)
-            self._changed.notify_all()
         request.close()
-
-    def ready(self, handler: "Handler") -> None:
-        """The handshake of a connection is done."""
-        with self._changed:
-            self._handlers[handler.request] = handler
-
-    def mark(self, handler: "Handler", busy: bool) -> None:
-        """Note that a request begins or has ended."""
-        with self._changed:
-            handler.busy = busy
-            if self.stopping:
-                self._changed.notify_all()
+        with self._left:
+            self.handlers.pop(request, None)
+            self._left.notify_all()
 
     def server_close(self) -> None:
         for key in list(self._selector.get_map().values()):
@@ -165,12 +148,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
-        with self._changed:
-            for handler in filter(None, self._handlers.values()):
+        with self._left:
+            for handler in filter(None, list(self.handlers.values())):
                 if not handler.busy:
                     handler.connection.hang_up()
-            self._changed.wait_for(lambda: not any(h and h.busy for h in self._handlers.values()), STOP_SECONDS)
-            self._changed.wait_for(lambda: not any(self._handlers.values()), 1)  # their farewells
+            self._left.wait_for(lambda: not any(list(self.handlers.values())), STOP_SECONDS)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -180,47 +162,46 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection = Connection(self.request, self.server.context)
-        self.server.ready(self)
+        self.server.handlers[self.request] = self
 
     def finish(self) -> None:
         self.connection.close()
 
     def handle_one_request(self) -> None:
-        """Answer one request and log it; every RequestError, whoever raised it, is rendered here."""
-        self.close_connection, head, refused = True, None, None
+        """Answer one request and log it; every error, whoever raised it, is rendered here or in `_stream`."""
+        self.close_connection, unreadable = True, None
+        if self.server.stopping:  # it may have looked for idle connections when this was not one
+            return
         try:
             head = self.connection.head()
         except errors.RequestError as error:
-            refused = error
-        if not head and not refused:
+            head, unreadable = NO_HEAD, error
+        if not head:
             return
-        self.server.mark(self, True)
+        self.busy = True
         self._begin(head)
         try:
-            if refused:
-                raise refused
-            self._answer(head)
-        except errors.RequestError as error:
-            self.server.metrics.add("refusals_total", type=error.type)
-            self._reply(
-                error.status, protocol.error(error.status, error.message, error.type, error.param), error.headers
-            )
+            try:
+                if unreadable:
+                    raise unreadable
+                self._answer(head)
+            except Exception as error:
+                told = self._told(error)
+                self._reply(told.status, protocol.error(told), told.headers)
         except ConnectionError:
             self._status, self.close_connection = 499, True  # the client has gone; there is nobody to tell
-        except Exception:
-            self._reply(500, self._internal_error())
         finally:
             self._log()
-            self.server.mark(self, False)
+            self.busy = False
 
-    def _begin(self, head: Head | None) -> None:
+    def _begin(self, head: Head) -> None:
         self._started, self._head = time.monotonic(), head
-        given = head.fields.get("x-request-id", "") if head else ""
+        given = head.fields.get("x-request-id", "")
         self._request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
         self._status, self._key, self._facts, self._allowance, self._route = 0, None, {}, {}, "other"
         # What was not read of the body would be taken for the next request: the connection ends after the answer.
-        self._unread = not head or head.chunked or bool(head.length) or (head.length is None and head.method == "POST")
-        self._persistent = bool(head and head.persistent)
+        self._unread = head.chunked or bool(head.length) or (head.length is None and head.method == "POST")
+        self._persistent = head.persistent
 
     def _answer(self, head: Head) -> None:
         if head.host and head.host not in self.server.hosts and head.host != self.connection.own_address():
@@ -327,16 +308,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.keys.record(self._key, *(counts.get(f"{of}_tokens", 0) for of in ("prompt", "completion")))
 
     def _authorize(self, counted: bool = False) -> None:
-        self._key = self.server.keys.verify(self._secret())
-        self._allowance = self.server.keys.take(self._key, counted).headers()
-
-    def _secret(self) -> str:
         fields = self._head.fields
         scheme, _, token = fields.get("authorization", "").partition(" ")
         secret = (fields.get("x-api-key") or (token if scheme.lower() == "bearer" else "")).strip()
         if not secret:
             raise errors.Unauthorized("the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY")
-        return secret
+        self._key = self.server.keys.verify(secret)
+        self._allowance = self.server.keys.take(self._key, counted).headers()
 
     def _stream(self, events: Iterator[bytes]) -> None:
         """Send events as they come; what fails after the 200 is an event, too, and the last one."""
@@ -344,51 +322,51 @@ class Handler(BaseHTTPRequestHandler):
         self._persistent &= chunked
         self._status = 200
         self.connection.send(self._head_of(200, STREAM | ({"Transfer-Encoding": "chunked"} if chunked else {})))
-        for event in self._told(events):
+
+        def tell(event: bytes) -> None:
             self.connection.send(b"%x\r\n%b\r\n" % (len(event), event) if chunked else event)
+
+        try:
+            for event in events:
+                tell(event)
+        except Exception as error:
+            told = self._told(error)
+            self._status = told.status  # in the log; the client has read 200
+            tell(protocol.sse(protocol.error(told)))
         if chunked:
             self.connection.send(b"0\r\n\r\n")
 
-    def _told(self, events: Iterator[bytes]) -> Iterator[bytes]:
-        try:
-            yield from events
-        except errors.RequestError as error:
-            self._status = error.status  # in the log; the client has read 200
-            yield protocol.sse(protocol.error(error.status, error.message, error.type, error.param))
-        except ConnectionError:
-            raise
-        except Exception:
-            self._status = 500
-            yield protocol.sse(self._internal_error())
-
-    def _internal_error(self) -> dict:
-        log.exception("request %s failed", self._request_id)
-        message = f"internal error; the server's log has it under request {self._request_id}"
-        return protocol.error(500, message, "server_error")
+    def _told(self, error: Exception) -> errors.RequestError:
+        """What a client is told of an error: its own in full, of ours only where to look."""
+        if isinstance(error, ConnectionError):
+            raise error
+        if not isinstance(error, errors.RequestError):
+            log.exception("request %s failed", self._request_id)
+            error = errors.Internal(f"internal error; the server's log has it under request {self._request_id}")
+        self.server.metrics.add("refusals_total", type=error.type)
+        return error
 
     def _reply(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
         self._status = status
         payload = body if isinstance(body, bytes) else protocol.render(body)
         fixed = {"Content-Type": "application/json", "Content-Length": str(len(payload)), "Cache-Control": "no-store"}
         head = self._head_of(status, fixed | (headers or {}) if status != 204 else {})  # RFC 9110 8.6
-        try:
-            self.connection.send(head if self._head and self._head.method == "HEAD" else head + payload)
-        except ConnectionError:
-            self._status, self.close_connection = 499, True  # the client has gone; there is nobody to tell
+        self.connection.send(head if self._head.method == "HEAD" else head + payload)
 
     def _head_of(self, status: int, headers: dict[str, str]) -> bytes:
         self.close_connection = self._unread or self.server.stopping or not self._persistent
-        headers = {"X-Request-Id": self._request_id, "Date": _date(int(time.time()))} | self._allowance | headers
+        headers = {"X-Request-Id": self._request_id, "Date": self.date_time_string()} | self._allowance | headers
         if self.close_connection:
             headers["Connection"] = "close"
         elif self._head.minor == 0:
             headers["Connection"] = "keep-alive"
-        if self._head and _is_public(self._head.host):
+        if _is_public(self._head.host):
             headers["Strict-Transport-Security"] = HSTS
-        return _head(status, headers | self._cors())
+        fields = "".join(f"{name}: {value}\r\n" for name, value in (headers | self._cors()).items())
+        return f"HTTP/1.1 {status} {http.client.responses[status]}\r\n{fields}\r\n".encode("latin-1")
 
     def _cors(self) -> dict[str, str]:
-        origin = self._head.fields.get("origin") if self._head else None
+        origin = self._head.fields.get("origin")
         return CORS | {"Access-Control-Allow-Origin": origin} if origin in self.server.origins else {}
 
     def _log(self) -> None:
@@ -397,36 +375,18 @@ class Handler(BaseHTTPRequestHandler):
             "request": self._request_id,
             "client": self.client_address[0],
             "key": self._key.id if self._key else None,
-            "method": self._head.method if self._head and self._head.method in METHODS else None,
-            "path": self._head.path[:200] if self._head else "",
+            "method": self._head.method if self._head.method in METHODS else None,
+            "path": self._head.path[:200],
             "status": self._status,
             "ms": round((time.monotonic() - self._started) * 1000),
-            **{k: v for k, v in self._facts.items() if isinstance(v, int)},
-        }
+        } | self._facts
         text = " ".join(f"{k}={json.dumps(v) if k == 'path' else v}" for k, v in line.items() if v is not None)
         log.info("%s", re.sub(r"phi3v_\w+", "phi3v_…", text))  # a key that was put into the path
-
-
-def _head(status: int, headers: dict[str, str]) -> bytes:
-    lines = [f"HTTP/1.1 {status} {http.client.responses[status]}", *(f"{k}: {v}" for k, v in headers.items())]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-@functools.lru_cache(1)
-def _date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
 
 
 def _is_public(host: str) -> bool:
     """Whether browsers are to remember that this name is HTTPS only: not what is another machine tomorrow."""
     return "." in host and not host.endswith((".local", ".localhost")) and not re.fullmatch(r"[0-9.]+|.*:.*", host)
-
-
-def _plain_http() -> bytes:
-    """The answer, in plain text, to who speaks plain HTTP."""
-    body = protocol.render(protocol.error(400, "this port speaks HTTPS: use https://", "invalid_request_error"))
-    headers = {"X-Request-Id": uuid.uuid4().hex, "Content-Type": "application/json"}
-    return _head(400, headers | {"Content-Length": str(len(body)), "Connection": "close"}) + body
 
 
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"))

@@ -151,7 +151,7 @@ def test_one_connection_too_many_is_turned_away_and_the_others_do_not_notice(sit
         site.connect(secure=False).send(b"\x16").file.read() or site.connect()
     assert [client.send(HEALTH).reply().status for client in clients] == [200] * 3
     clients[0].close()
-    assert waits_for(lambda: len(site.server._handlers) == 2)
+    assert waits_for(lambda: len(site.server.handlers) == 2)
     assert site.connect().send(HEALTH).reply().status == 200
 
 
@@ -179,7 +179,7 @@ def test_without_descriptors_the_server_waits_instead_of_spinning_and_recovers(s
 def test_stop_ends_idle_connections_in_order_and_at_once(site):
     clients = [site.connect() for _ in range(3)]
     assert [client.send(HEALTH).reply().status for client in clients[:2]] == [200, 200]  # the third said nothing yet
-    assert waits_for(lambda: sum(map(bool, site.server._handlers.values())) == 3)
+    assert waits_for(lambda: sum(map(bool, site.server.handlers.values())) == 3)
     began = time.monotonic()
     site.server.stop()
     assert all(client.ended() for client in clients)

@@ -146,7 +146,7 @@ def test_limits_roles_and_what_is_not_supported_are_those_of_the_code():
 
 def test_every_error_of_the_code_is_there_with_its_status_and_type():
     kinds = [errors.RequestError, *errors.RequestError.__subclasses__()]
-    known = {(kind.status, kind.type) for kind in kinds} | {(500, "server_error")}
+    known = {(kind.status, kind.type) for kind in kinds}
     types = {str(status): {of for its, of in known if its == status} for status, _ in known}
     documented = {}
     for (path, method), operation in OPERATIONS.items():
@@ -157,8 +157,9 @@ def test_every_error_of_the_code_is_there_with_its_status_and_type():
                 documented.setdefault(status, []).append((path, method))
                 schema = response["content"]["application/json"]["schema"]
                 for kind in {of for _, of in known} | {"other"}:
-                    body = protocol.error(int(status), "no", kind, None)
-                    assert valid(schema, body) == (kind in types[status]), (path, status, kind)
+                    error = errors.RequestError("no")
+                    error.status, error.type = int(status), kind
+                    assert valid(schema, protocol.error(error)) == (kind in types[status]), (path, status, kind)
     everywhere, posts = set(OPERATIONS), {key for key in OPERATIONS if key[1] == "post"}
     keyed, named = everywhere - {("/health", "get")}, {(server.MODEL, "get")}
     where = dict.fromkeys(types, everywhere) | dict.fromkeys(("411", "415", "429"), posts)
@@ -208,7 +209,7 @@ def test_an_answer_is_as_described_whole_and_in_pieces(chat, deltas):
         sent = b"".join(protocol.Answer(chat, "demo-1", n=2).events(deltas, usage)).decode().split("\n\n")
         events = [event.removeprefix("data: ") for event in sent if event.startswith("data: ")]
         assert events[-1] == "[DONE]" and ('"usage"' in events[-2]) == usage and len(events) > 2
-        events.append(protocol.render(protocol.error(503, "later", "service_unavailable_error")).decode())
+        events.append(protocol.render(protocol.error(errors.Unavailable("later"))).decode())
         assert [event for event in events if not valid(pieces, {"data": event})] == []
     assert not valid(pieces, {"data": protocol.render(reply | {"object": "other"}).decode()})
 

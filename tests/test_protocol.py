@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from phi3v import protocol
-from phi3v.errors import RequestError
+from phi3v.errors import RateLimited, RequestError
 from phi3v.request import Chat, Delta, Picture, Request, SamplingParams, TokenLogprob
 from phi3v.tokenizer import Decoder
 
@@ -259,8 +259,9 @@ def test_each_reply_has_an_id_of_its_own_and_the_present_time():
 
 def test_an_error_is_the_documented_one_with_type_and_param():
     error = {"code": "400", "message": "no", "type": "invalid_request_error", "param": "prompt[1]"}
-    assert protocol.error(400, "no", "invalid_request_error", "prompt[1]") == {"error": error}
-    assert protocol.error(400, "no", "invalid_request_error") == {"error": error | {"param": None}}
+    assert protocol.error(RequestError("no", "prompt[1]")) == {"error": error}
+    other = {"code": "429", "type": "rate_limit_error", "param": None}
+    assert protocol.error(RateLimited("no")) == {"error": error | other}
 
 
 def test_a_rendered_body_is_one_line_of_utf_8():
@@ -270,7 +271,7 @@ def test_a_rendered_body_is_one_line_of_utf_8():
 def test_a_message_that_repeats_half_a_surrogate_pair_can_still_be_sent():
     with pytest.raises(RequestError) as caught:
         protocol.parse_completion({"prompt": "a", "images": ["\ud800://a"]}, 1024)
-    sent = protocol.render(protocol.error(400, caught.value.message, "invalid_request_error", caught.value.param))
+    sent = protocol.render(protocol.error(caught.value))
     assert json.loads(sent)["error"]["message"] == "pictures are not fetched from ?://a…: send a data: URL or base64"
 
 

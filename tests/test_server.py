@@ -397,7 +397,7 @@ def test_neither_key_nor_prompt_nor_answer_is_ever_logged(site):
     site.llm.refuses = RequestError(f"you said {word}", word)
     site.post(good)
     text = "\n".join(record.getMessage() for record in site.close())
-    assert text.count(" status=") == 22
+    assert text.count(" status=") == 23
     assert not re.search(f"canary|yranac|{site.secret[6:]}|{site.secret[:5:-1]}", text, re.IGNORECASE)
 
 
