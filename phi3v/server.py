@@ -200,8 +200,8 @@ class Handler(BaseHTTPRequestHandler):
         self._request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
         self._status, self._key, self._facts, self._allowance, self._route = 0, None, {}, {}, "other"
         # What was not read of the body would be taken for the next request: the connection ends after the answer.
-        self._unread = head.chunked or bool(head.length) or (head.length is None and head.method == "POST")
-        self._persistent = head.persistent
+        unread = head.chunked or head.length or (head.length is None and head.method == "POST")
+        self.close_connection = bool(unread) or not head.persistent
 
     def _answer(self, head: Head) -> None:
         if head.host and head.host not in self.server.hosts and head.host != self.connection.own_address():
@@ -215,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         if head.method not in METHODS:
             raise errors.NotImplementedHere(f"there is no method {head.method!r:.50}")
         if head.method == "OPTIONS" and self._cors():
-            return self._reply(204, b"")
+            return self.connection.send(self._head_of(204, {}))
         method = "GET" if head.method == "HEAD" else head.method
         if method not in methods:
             allowed = ", ".join(methods)
@@ -261,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
             if fields.get("expect", "").lower() == "100-continue" and self._head.minor:
                 self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")  # only now: key and size are good
             raw = self.connection.body(length)
-            self._unread = False
+            self.close_connection = not self._head.persistent
             body, chat = protocol.parse_json(raw), self._route == CHAT
             request = (protocol.parse_chat if chat else protocol.parse_completion)(body, self.server.max_tokens)
             streamed, include_usage = protocol.streaming(body)
@@ -319,8 +319,7 @@ class Handler(BaseHTTPRequestHandler):
     def _stream(self, events: Iterator[bytes]) -> None:
         """Send events as they come; what fails after the 200 is an event, too, and the last one."""
         chunked = self._head.minor > 0
-        self._persistent &= chunked
-        self._status = 200
+        self.close_connection |= not chunked
         self.connection.send(self._head_of(200, STREAM | ({"Transfer-Encoding": "chunked"} if chunked else {})))
 
         def tell(event: bytes) -> None:
@@ -347,14 +346,14 @@ class Handler(BaseHTTPRequestHandler):
         return error
 
     def _reply(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
-        self._status = status
         payload = body if isinstance(body, bytes) else protocol.render(body)
         fixed = {"Content-Type": "application/json", "Content-Length": str(len(payload)), "Cache-Control": "no-store"}
-        head = self._head_of(status, fixed | (headers or {}) if status != 204 else {})  # RFC 9110 8.6
+        head = self._head_of(status, fixed | (headers or {}))
         self.connection.send(head if self._head.method == "HEAD" else head + payload)
 
     def _head_of(self, status: int, headers: dict[str, str]) -> bytes:
-        self.close_connection = self._unread or self.server.stopping or not self._persistent
+        self._status = status
+        self.close_connection |= self.server.stopping
         headers = {"X-Request-Id": self._request_id, "Date": self.date_time_string()} | self._allowance | headers
         if self.close_connection:
             headers["Connection"] = "close"
@@ -376,11 +375,11 @@ class Handler(BaseHTTPRequestHandler):
             "client": self.client_address[0],
             "key": self._key.id if self._key else None,
             "method": self._head.method if self._head.method in METHODS else None,
-            "path": self._head.path[:200],
+            "path": json.dumps(self._head.path[:200]),
             "status": self._status,
             "ms": round((time.monotonic() - self._started) * 1000),
         } | self._facts
-        text = " ".join(f"{k}={json.dumps(v) if k == 'path' else v}" for k, v in line.items() if v is not None)
+        text = " ".join(f"{k}={v}" for k, v in line.items() if v is not None)
         log.info("%s", re.sub(r"phi3v_\w+", "phi3v_…", text))  # a key that was put into the path
 
 
