@@ -58,7 +58,7 @@ class Connection:
                 end = time.monotonic() + HEAD
             self._data += more
             # A line that comes byte by byte is looked at when it is whole or too long: each look costs.
-            if b"\n" in more or b"\n" not in self._data or len(self._data) >= MAX_HEAD:
+            if b"\n" in more or b"\n" not in self._data[2:] or len(self._data) >= MAX_HEAD:
                 found = parse(self._data)
         self._data, self._used = self._data[found.size :], True
         return found

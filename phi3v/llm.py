@@ -19,7 +19,7 @@ from . import __version__, images, model
 from .cache import shared_length
 from .engine import Engine
 from .errors import RequestError, SetupError, Unavailable, check_text
-from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, image_bytes, question
+from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Parts, Tokenizer
 
@@ -98,23 +98,32 @@ class LLM(AbstractContextManager):
         What is kept is the owner's own. With `patience`, so many seconds of silence, or a token unseen, are a None.
         """
         params, prompts, decoders, counts = request.params, [], [], []
-        for chat in request.chats:
-            try:
-                crops = [self._crops(picture, params) for picture in chat.pictures]
-            except MemoryError:
-                raise Unavailable("there is not enough memory for these pictures now") from None
+        num_crops = params.num_crops or self._num_crops
+        opened = [
+            [images.Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats
+        ]
+        pixels = sum(header.pixels for headers in opened for header in headers)
+        if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
+            message = f"the pictures have {pixels / 1e6:.0f} megapixels in all, at most 64 may be"
+            raise RequestError(message, "messages" if request.clamp else "images")
+        for chat, pictures in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
-                mine, length = self._choices(parts, crops, request, owner)
+                mine, length = self._choices(parts, pictures, request, owner)
                 prompts += mine
                 counts += [(length, len(p.ids) - length) for p in mine]
                 continue
-            ids = self._encode(parts, crops, request)
+            ids = self._encode(parts, pictures, request)
             most = self._room(len(ids), request)
             goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
             for branch in range(params.n):
-                prompts.append(Prompt(ids, crops, most, self._end_ids, owner, params, branch))
+                prompts.append(Prompt(ids, pictures, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
+        try:
+            for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
+                headers[:] = [header.crops() for header in headers]
+        except MemoryError:
+            raise Unavailable("there is not enough memory for these pictures now") from None
         generation = self._engine.submit(prompts, patience)
         chosen = params.choices and _chosen(generation, counts, params.choices)
         pieces = chosen or _pieces(generation, [len(p.ids) for p in prompts], decoders)
@@ -124,15 +133,7 @@ class LLM(AbstractContextManager):
         """Free the model; requests that still run fail."""
         self._engine.close()
 
-    def _crops(self, picture: Picture, params: SamplingParams) -> images.Crops:
-        source, most = picture.source, picture.num_crops or params.num_crops or self._num_crops
-        try:
-            is_url = isinstance(source, str) and source[:5].lower() == "data:"
-            return images.process(images.load(image_bytes(source) if is_url else source), most)
-        except RequestError as error:
-            raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
-
-    def _encode(self, parts: Parts, crops: list[images.Crops], request: Request) -> list[int]:
+    def _encode(self, parts: Parts, crops: list[images.Header], request: Request) -> list[int]:
         try:
             return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
         except RequestError as error:

@@ -20,6 +20,7 @@ HELLO = b'{"prompt": "hello"}'
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 KINDS |= {500: "server_error", 503: "service_unavailable_error"}
+CORK = getattr(socket, "TCP_CORK", 4)  # macOS has it as TCP_NOPUSH, of which Python does not know
 
 
 class FakeLLM:
@@ -91,8 +92,12 @@ class Client:
     def say_no_more(self) -> "Client":
         """Send close_notify but go on reading; only while no reply can have come yet."""
         self.sock.settimeout(0)
+        self.sock.setsockopt(
+            socket.IPPROTO_TCP, CORK, 1
+        )  # or a quick reply would come while unwrap still looks for one
         with suppress(ssl.SSLWantReadError):
             self.sock.unwrap()
+        self.sock.setsockopt(socket.IPPROTO_TCP, CORK, 0)
         self.sock.settimeout(30)
         return self
 

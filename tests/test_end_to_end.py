@@ -1,6 +1,8 @@
 """From outside: `serve` as its own process in an empty folder, asked by curl, by the examples and by Python's ssl."""
 
+import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from phi3v.tls import ensure_certificate
 
@@ -134,20 +137,97 @@ def test_keys_made_and_deleted_beside_a_running_server_are_in_force_at_once(serv
     assert [k["name"] for k in listed["keys"]] == ["first"] and server.key not in json.dumps(listed)
 
 
+HOOK = """
+import os, sys
+told = os.open({path!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+def hook(event, arguments):
+    if event.startswith(("open", "os.", "socket.", "subprocess.", "ctypes.dlopen", "urllib.", "shutil.", "pty.")):
+        os.write(told, ascii((event, *map(str, arguments))).encode() + b"\\n")
+
+sys.addaudithook(hook)
+"""
+
+
+def hostile(folder: Path, port: int) -> dict[str, str]:
+    """Pictures that name a file, which is there and could be read, or an address, where somebody listens."""
+    path = folder / "canary.png"
+    path.write_bytes(CIRCLE.read_bytes())
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{path.as_uri()}"/><image href="http://127.0.0.1:{port}/canary"/></svg>'
+    eps = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({path}) run (touch canary) system showpage\n"
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    names = [str(path), path.name, path.as_uri(), f"file:{path}", f"//{path}", f"http://127.0.0.1:{port}/canary"]
+    names += [
+        f"https://localhost:{port}/canary",
+        f"ftp://127.0.0.1:{port}/canary",
+        f"data:{path}",
+        f"data:image/png,{path}",
+    ]
+    data = {
+        name: base64.b64encode(text if isinstance(text, bytes) else text.encode()).decode()
+        for name, text in {"SVG": svg, "EPS": eps, "HEIC": heic, "path": str(path), "URL": path.as_uri()}.items()
+    }
+    return {name: name for name in names} | data | {f"data: {k}": f"data:image/png;base64,{v}" for k, v in data.items()}
+
+
+def test_no_picture_makes_the_server_open_a_file_or_a_connection(tmp_path, monkeypatch):
+    """Told by an audit hook inside the server itself."""
+    audit, folder = tmp_path / "audit", tmp_path / "hook"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HOOK.format(path=str(audit)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", str(ROOT))]))
+    server = Running(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        assert ask(server, CIRCLE.read_bytes()) == (200, ["A red circle."])
+        began = len(audit.read_text())
+        assert "canary" not in audit.read_text()
+        assert all(seen in audit.read_text() for seen in ("socket.bind", "tokenizer.json", "subprocess.Popen"))
+        for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
+            buffer = io.BytesIO()
+            Image.open(CIRCLE).convert("RGB").save(buffer, kind)
+            assert ask(server, buffer.getvalue())[0] == 200
+        for name, picture in hostile(tmp_path, listener.getsockname()[1]).items():
+            code, message = ask(server, picture)
+            assert code == 400 and ("JPEG" in message or "HEIC" not in name) and str(tmp_path) not in message
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    events = audit.read_text()[began:].splitlines()
+    assert server.stop() == 0
+    assert len(events) > 20 and not [event for event in events if "canary" in event]
+    kinds = {event.split("'")[1] for event in events}
+    assert kinds <= {"open", "os.listdir", "socket.__new__"}  # Pillow's own modules; each connection that came in
+    named = {event.split("'")[3] for event in events if event.startswith("('open'")}
+    assert all(name.endswith((".py", ".pyc", ".so", ".log")) for name in named)
+    assert sorted(path.name for path in tmp_path.iterdir() if "canary" in path.name) == ["canary.png"]
+
+
+def ask(server: Running, picture: str | bytes) -> tuple[int, list[str] | str]:
+    """The status, and the answers or the error's message."""
+    image = picture if isinstance(picture, str) else base64.b64encode(picture).decode()
+    body = {"prompt": "What is shown in this image?", "images": [image], "max_tokens": 9}
+    return post(server, server.key, json.dumps(body).encode())
+
+
 def status(server: Running, key: str) -> int:
+    code, answer = post(server, key, b'{"prompt": "What is 3 + 4?"}')
+    assert code != 200 or answer == ["3 + 4 = 7."]
+    return code
+
+
+def post(server: Running, key: str, body: bytes) -> tuple[int, list[str] | str]:
     request = urllib.request.Request(
         f"https://localhost:{server.port}/v1/completions",
-        data=b'{"prompt": "What is 3 + 4?"}',
+        data=body,
         headers={"Content-Type": "application/json", "X-API-Key": key},
     )
     context = ssl.create_default_context(cafile=server.folder / "server.crt")
     try:
         with urllib.request.urlopen(request, context=context) as reply:
-            assert json.load(reply)["responses"] == ["3 + 4 = 7."]
-            return reply.status
+            return reply.status, json.load(reply)["responses"]
     except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
+        with error:
+            return error.code, json.load(error)["error"]["message"]
 
 
 def test_a_second_start_shows_no_key_and_keeps_the_certificate(tmp_path):

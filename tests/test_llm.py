@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import phi3v
 from phi3v.errors import RequestError, SetupError, Unavailable
+from phi3v.images import Header
 from phi3v.protocol import Answer
 from phi3v.request import Picture, Request, SamplingParams, question
 
@@ -265,3 +266,56 @@ def test_the_context_may_be_limited_and_is_told():
         assert llm.generate("What is 3 + 4?") == "3 + 4 = 7."
         with pytest.raises(RequestError, match="the context 50"):
             llm.generate("What is 3 + 4? " * 30)
+
+
+def test_too_many_tokens_are_told_from_the_headers(llm, monkeypatch):
+    """16 of the largest pictures took 1.8 s until the answer was no, when they were decoded first."""
+    buffer = io.BytesIO()
+    Image.new("1", (4000, 4000)).save(buffer, "PNG")
+    monkeypatch.setattr(Header, "crops", lambda self: pytest.fail("decoded"))
+    with pytest.raises(RequestError, match="the pictures take 40,144 tokens, the context has 4,096"):
+        llm.stream("Hi", images=[buffer.getvalue()] * 16, num_crops=16)
+    with pytest.raises(RequestError, match=r"images\[1\]\[0\]: the picture is none of"):
+        llm.stream(["Hi", "Hi"], images=[[CIRCLE], [b"text"]])
+    with pytest.raises(RequestError, match="more than the context"):  # the second prompt's fault
+        llm.stream(["Hi", "Hi " * 100], images=[[CIRCLE], []], max_tokens=3990)
+
+
+def test_a_request_over_the_wire_has_at_most_64_megapixels(llm, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("1", (4000, 3200)).save(buffer, "PNG")
+    monkeypatch.setattr(Header, "crops", lambda self: (_ for _ in ()).throw(KeyError("decoded")))
+
+    def ask(pictures: int, owner: str, clamp: bool = False):
+        shown = Picture(buffer.getvalue(), "images[0]", 1)
+        chats = [question("Hi", [shown] * (pictures - 2)), question("Hi", [shown] * 2)]
+        llm.answer(Request(chats, SamplingParams(), clamp), owner)
+
+    with pytest.raises(KeyError, match="decoded"):
+        ask(5, "key")  # 64 in all
+    with pytest.raises(KeyError, match="decoded"):
+        ask(12, "")  # who embeds the model may wait as long as he likes
+    for clamp, param in ((False, "images"), (True, "messages")):
+        with pytest.raises(RequestError, match="have 77 megapixels in all, at most 64 may be") as caught:
+            ask(6, "key", clamp)
+        assert caught.value.param == param
+
+
+def test_special_tokens_in_choices_are_text(llm, monkeypatch):
+    """For each special token: the targets of a choice that has it are the text's, and end with the one <|end|>."""
+    asked = []
+
+    def submit(prompts, patience):
+        asked.append(prompts)
+        raise KeyError("submitted")
+
+    monkeypatch.setattr(llm._engine, "submit", submit)
+    special = set(llm.tokenizer.special.values())
+    for token in llm.tokenizer.special:
+        with pytest.raises(KeyError, match="submitted"):
+            llm.answer(Request([question("Hi", [])], SamplingParams(choices=(f"a{token}\nb", "c"))))
+        prompts = asked.pop()
+        assert len(prompts) == 2 and all(not set(p.targets[:-1]) & special for p in prompts)
+        assert [p.targets[-1] for p in prompts] == [llm.tokenizer.special["<|end|>"]] * 2
+        roles = [llm.tokenizer.special[f"<|{role}|>"] for role in ("user", "assistant")]
+        assert [i for i in prompts[0].ids if i in special] == [1, roles[0], llm.tokenizer.special["<|end|>"], roles[1]]

@@ -1,9 +1,13 @@
 """The shapes on the wire, as tables: what is taken, what is refused, and with which field and words."""
 
 import json
+from contextlib import suppress
+from dataclasses import fields
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from phi3v import protocol
 from phi3v.errors import RateLimited, RequestError
@@ -170,6 +174,24 @@ def test_a_number_that_is_no_whole_one_in_range_is_refused(value):
 
 
 NO_BASE64 = ["YQ", "Y Q==", "YQ==\n", "_-8=", "YWJj====", "ÿQ==", "/etc/passwd", "file:/etc/passwd", "data:;base64,YQ"]
+NO_BASE64 += [
+    "YQ=",
+    "=YQ=",
+    "Y=Q=",
+    "YQ==YQ==",
+    "YWJj=",
+    "YWJ\u200bj",
+    "YWJj\0",
+    "YWJj,YWJj",
+    "file:YWJj",
+    "~/a.png",
+    "a.png",
+]
+NO_BASE64 += [
+    "data:image/png;base64, YQ==",
+    "data:image/png;base64,YQ%3D%3D",
+    "data:image/png;base64,_-8=",
+]
 
 
 @pytest.mark.parametrize("image", NO_BASE64)
@@ -588,3 +610,107 @@ def test_the_scores_of_choices_are_in_the_answer_and_in_its_stream(is_chat):
     assert (choice["logprobs"]["scores"], choice["finish_reason"]) == (scores, "stop")
     chunks = [event["choices"][0] for event in events(is_chat, [delta]) if isinstance(event, dict)]
     assert [chunk["logprobs"]["scores"] for chunk in chunks if chunk["logprobs"]] == [scores]
+
+
+TOO_MUCH = {
+    "n": [9, 0, True, "2", 1.5],
+    "stop": [["a"] * 9, "a" * 257, ["a" * 257], [""], [1], True, {}, "\udc00"],
+    "choices": [["a"] * 65, ["a" * 1025], [], ["a", "a"], "a" * 1025, [None], {"a": 1}],
+    "seed": [2**63, -(2**63) - 1, True, "1", 0.5],
+    "top_k": [-1, 1_000_001, False],
+    "temperature": [2.1, -0.1, True, "1", [], 10**400, float("inf")],
+    "top_p": [1.1, -1, True],
+    "min_p": [1.1, -1, True],
+    "presence_penalty": [2.1, -2.1, True],
+    "frequency_penalty": [2.1, -2.1, True],
+    "repetition_penalty": [0, 10.1, True],
+    "num_crops": [0, 17, True, "4"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in TOO_MUCH.items() for value in values])
+def test_every_option_has_a_least_and_a_most_on_both_routes(name, value):
+    for parse, body in ((protocol.parse_completion, {"prompt": "a"}), (protocol.parse_chat, user("a"))):
+        with pytest.raises(RequestError) as caught:
+            parse(body | {name: value}, 1024)
+        assert caught.value.param.partition("[")[0] == name and caught.value.status == 400
+    assert set(TOO_MUCH) | {"max_tokens", "logprobs"} == {option.name for option in fields(SamplingParams)}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 8},
+        {"stop": ["a" * 256] * 8},
+        {"choices": [f"{k:01024}" for k in range(64)]},
+        {"seed": -(2**63)},
+        {"top_k": 10**6},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_is_at_its_most_is_taken_on_both_routes(more):
+    assert protocol.parse_completion({"prompt": "a"} | more, 1024).chats
+    assert protocol.parse_chat(user("a") | more, 1024).chats
+    assert len(protocol.parse_chat({"messages": [{"role": "user", "content": "a"}] * 256} | more, 1024).chats) == 1
+
+
+NAMES = [
+    *TOO_MUCH,
+    *protocol.UNSUPPORTED,
+    "prompt",
+    "images",
+    "messages",
+    "role",
+    "content",
+    "type",
+    "text",
+    "image_url",
+]
+NAMES += [
+    "url",
+    "detail",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "stream",
+    "stream_options",
+]
+TEXTS = st.text(max_size=5) | st.sampled_from(
+    ["user", "assistant", "text", "image_url", "YWJj", "data:;base64,YQ==", "\ud800"]
+)
+VALUES = (
+    st.none() | st.booleans() | st.integers(-3, 40) | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+)
+KEYS = st.sampled_from(NAMES) | st.text(max_size=3)
+ANY = st.recursive(VALUES | TEXTS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+PART = st.fixed_dictionaries({}, optional={"type": TEXTS, "text": ANY, "image_url": ANY, "detail": ANY})
+MESSAGE = st.fixed_dictionaries(
+    {"role": TEXTS | ANY, "content": TEXTS | st.lists(PART | ANY, max_size=3)}, optional={"name": ANY}
+)
+BODY = st.fixed_dictionaries(
+    {},
+    optional={"prompt": TEXTS | ANY, "messages": st.lists(MESSAGE, max_size=3) | ANY}
+    | {name: ANY for name in NAMES[2:]},
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(BODY | st.dictionaries(KEYS, ANY) | ANY)
+def test_any_json_is_a_request_or_refused_in_one_line_that_can_be_sent(value):
+    raw = json.dumps(value).encode()
+    for read in (protocol.parse_completion, protocol.parse_chat):
+        try:
+            body = protocol.parse_json(raw)
+            request, _ = read(body, 1024), protocol.streaming(body)
+            assert isinstance(request, Request) and 1 <= len(request.chats) <= 32
+        except RequestError as error:
+            assert error.status == 400 and "\n" not in error.message and len(error.message) < 400
+            assert json.loads(protocol.render(protocol.error(400, error.message, error.type, error.param)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=200) | st.text(alphabet='{}[]",:0123456789.eE+-truefalsn\\u \n', max_size=80).map(str.encode))
+def test_any_bytes_are_an_object_or_refused(raw):
+    with suppress(RequestError):
+        assert isinstance(protocol.parse_json(raw), dict)

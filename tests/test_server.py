@@ -249,6 +249,12 @@ def test_expect_100_continue_is_answered_only_after_key_and_size_were_checked(si
         assert (client.reply().status, client.ended()) == (status, True)
 
 
+def test_a_client_of_http_1_0_is_not_told_to_continue(site):
+    data = site.http(Expect="100-continue").replace(b"HTTP/1.1", b"HTTP/1.0")  # RFC 9110 10.1.1
+    client = site.connect().send(data)
+    assert (client.reply().status, client.ended()) == (200, True)
+
+
 def test_a_request_id_is_echoed_if_it_is_sane_and_replaced_if_not(site):
     for given in ("abc-123", "x" * 128, '!"#=~'):
         assert site.post(b"", "GET /nowhere", X_Request_Id=given).headers["X-Request-Id"] == given
@@ -349,10 +355,8 @@ def test_nothing_of_a_request_is_left_when_the_next_head_is_unreadable(site):
     client = site.connect().send(site.http(b"", "GET /health", X_Request_Id="first"))
     assert client.reply().headers["X-Request-Id"] == "first"
     reply = client.send(b"NONSENSE\r\n\r\n").reply()
-    assert (reply.refusal(400), client.ended()) == (
-        "the request line is not METHOD TARGET HTTP/1.1 with one space between",
-        True,
-    )
+    message = "line 1 of the head is not METHOD TARGET HTTP/1.1 with one space between, in plain characters"
+    assert (reply.refusal(400), client.ended()) == (message + " and ended by CRLF", True)
     assert re.fullmatch("[0-9a-f]{32}", reply.headers["X-Request-Id"])
     assert site.line().startswith("request=first ")
     assert re.fullmatch(r'request=[0-9a-f]{32} client=127.0.0.1 path="" status=400 ms=\d+', site.line())
