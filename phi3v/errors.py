@@ -45,9 +45,8 @@ NotImplementedHere = _kind("NotImplementedHere", 501)
 class Unavailable(RequestError):
     status, type = 503, "service_unavailable_error"
 
-    def __init__(self, message: str, retry_after: int = 5):
-        """`retry_after`: the seconds a client is asked to wait."""
-        super().__init__(f"{message}; try again in {retry_after} s", headers={"Retry-After": str(retry_after)})
+    def __init__(self, message: str):
+        super().__init__(f"{message}; try again in 5 s", headers={"Retry-After": "5"})
 
 
 class SetupError(Exception):
@@ -61,10 +60,10 @@ def check(param: str, value: object, good: object, allowed: str) -> None:
         raise RequestError(f"{param} must be {allowed}, not {given}", param)
 
 
-def check_number(name: str, value: object, low: float, high: float | None = None, kind: type = int) -> None:
+def check_number(name: str, value: object, low: float, high: float = math.inf, kind: type = int) -> None:
     """Refuse what is no number from `low` to `high`, or no whole one if `kind` is int; True is none here."""
-    good = type(value) in (int, kind) and low <= value <= (math.inf if high is None else high)
-    allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+    good = type(value) in (int, kind) and low <= value <= high
+    allowed = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
     check(name, value, good, f"a {'whole ' if kind is int else ''}number {allowed}")
 
 

@@ -4,6 +4,7 @@ Pure functions: knows nothing of sockets, of keys or of the model.
 """
 
 import json
+import math
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -289,7 +290,7 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # JSON has no infinity
 
 
-def _check_number(body: dict, name: str, low: int, high: int | None = None) -> bool:
+def _check_number(body: dict, name: str, low: int, high: float = math.inf) -> bool:
     """Whether a whole number is given; refuses anything else."""
     if body.get(name) is not None:
         check_number(name, body[name], low, high)

@@ -6,6 +6,7 @@ by `LLM.stream` and on the wire; what is left to write is its use, in `sampling`
 
 import base64
 import binascii
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class SamplingParams:
     log-probabilities. `n` answers are made to each prompt; with `choices` it is the most probable of them.
     """
 
-    max_tokens: int | None = _number(None, 1, None, int)
+    max_tokens: int | None = _number(None, 1, math.inf, int)
     num_crops: int | None = _number(None, 1, MAX_CROPS, int)
     temperature: float = _number(0.0, 0, 2)
     top_p: float = _number(1.0, 0, 1)

@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 
 from . import errors, protocol
@@ -28,10 +28,6 @@ from .metrics import CONTENT_TYPE, Metrics
 from .request import Delta
 
 STOP_SECONDS = 30  # how long running requests may go on after the server was told to stop
-MAX_CONTENT_LENGTH = 1024 * 1024  # as documented
-MAX_CHAT_CONTENT_LENGTH = 20 * 1024 * 1024  # a phone's photograph has 3 to 6 MB, and a third more as base64
-MAX_TOKENS = 1024  # as documented
-MAX_CONNECTIONS = 1024  # a thread and some 70 KB each
 BACKLOG = 1024  # with socketserver's 5, a burst of connections waits for retransmissions
 BREATH = 0.1  # seconds between two tries to accept while the system has no descriptors left
 PATIENCE = 0.05  # seconds without a token after which is looked whether the client is still there
@@ -55,29 +51,20 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """HTTPS on the (host, port)s, bound at once and answering from `serve_forever` on.
 
     The first port may be 0, for any; the others then take the same. `llm` needs `answer`, `status`, `stats` and
-    `checkpoint` of LLM; `keys` is a KeyStore or like one. `hosts` are the names, in lower case, that a request's Host
-    may have besides the address it came to; `origins` those whose pages may read answers. Raises SetupError.
+    `checkpoint` of LLM; `keys` is a KeyStore or like one. Raises SetupError. The attributes may be set at any time.
     """
 
+    hosts = ("localhost",)  # in lower case: what a request's Host may be besides the address it came to
+    origins = ()  # whose pages may read answers
+    max_content_length = 1024 * 1024  # as documented
+    max_chat_content_length = 20 * 1024 * 1024  # a phone's photograph has 3 to 6 MB, and a third more as base64
+    max_tokens = 1024  # as documented
+    max_connections = 1024  # a thread and some 70 KB each
     daemon_threads = True
     block_on_close = False
 
-    def __init__(
-        self,
-        addresses: list[tuple[str, int]],
-        context: ssl.SSLContext,
-        llm,
-        keys,
-        hosts: Collection[str] = ("localhost",),
-        origins: Collection[str] = (),
-        max_content_length: int = MAX_CONTENT_LENGTH,
-        max_tokens: int = MAX_TOKENS,
-        max_chat_content_length: int = MAX_CHAT_CONTENT_LENGTH,
-        max_connections: int = MAX_CONNECTIONS,
-    ):
-        self.context, self.llm, self.keys, self.hosts, self.origins = context, llm, keys, hosts, origins
-        self.max_content_length, self.max_chat_content_length = max_content_length, max_chat_content_length
-        self.max_tokens, self.max_connections = max_tokens, max_connections
+    def __init__(self, addresses: list[tuple[str, int]], context: ssl.SSLContext, llm, keys):
+        self.context, self.llm, self.keys = context, llm, keys
         self.started, self.metrics, self.stopping = int(time.time()), Metrics(), False
         self.handlers: dict[socket.socket, Handler | None] = {}  # by accepted socket; None during the handshake
         self._left = threading.Condition()  # notified when there is one less

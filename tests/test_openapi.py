@@ -86,7 +86,8 @@ def test_the_document_has_the_servers_routes_and_version():
     assert [path for (path, _), op in OPERATIONS.items() if op.get("security") == []] == ["/health"]
     assert [*OPERATIONS["/metrics", "get"]["responses"]["200"]["content"]] == [metrics.CONTENT_TYPE]
     sizes = [
-        f"{size >> 20} MB ({size:,} bytes)" for size in (server.MAX_CONTENT_LENGTH, server.MAX_CHAT_CONTENT_LENGTH)
+        f"{size >> 20} MB ({size:,} bytes)"
+        for size in (server.Server.max_content_length, server.Server.max_chat_content_length)
     ]
     for path, size in zip(("/v1/completions", server.CHAT), sizes, strict=True):
         assert size in OPERATIONS[path, "post"]["description"]
@@ -111,7 +112,7 @@ def test_every_option_has_the_bounds_and_the_default_of_the_code():
         if "kind" in bounds:
             high, default = bounds["high"], options[name].default
             if name == "max_tokens":
-                high, default = server.MAX_TOKENS, request.DEFAULT_MAX_TOKENS
+                high, default = server.Server.max_tokens, request.DEFAULT_MAX_TOKENS
             assert schema["type"] == ["integer" if bounds["kind"] is int else "number", "null"], name
             assert (schema["minimum"], schema["maximum"], schema["default"]) == (bounds["low"], high, default), name
         else:
@@ -120,7 +121,10 @@ def test_every_option_has_the_bounds_and_the_default_of_the_code():
             assert several["items"] == one | {"type": "string"} and several["maxItems"] == bounds["most"], name
             assert several.get("minItems", 0) == bounds["least"] and schema["default"] is None, name
     for name in ("max_tokens", "max_completion_tokens"):
-        assert (CHAT[name]["minimum"], CHAT[name]["default"]) == (1, server.MAX_TOKENS) and "maximum" not in CHAT[name]
+        assert (CHAT[name]["minimum"], CHAT[name]["default"]) == (
+            1,
+            server.Server.max_tokens,
+        ) and "maximum" not in CHAT[name]
     assert CHAT["logprobs"]["type"] == ["boolean", "null"]
     shown = options["logprobs"].metadata
     assert (CHAT["top_logprobs"]["minimum"], CHAT["top_logprobs"]["maximum"]) == (shown["low"], shown["high"])
@@ -268,7 +272,7 @@ OPTIONS = [
 def taken(parse, body: dict) -> bool:
     try:
         body = protocol.parse_json(json.dumps(body).encode())
-        parse(body, server.MAX_TOKENS)
+        parse(body, server.Server.max_tokens)
         protocol.streaming(body)
     except errors.RequestError:
         return False

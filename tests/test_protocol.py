@@ -706,7 +706,7 @@ def test_any_json_is_a_request_or_refused_in_one_line_that_can_be_sent(value):
             assert isinstance(request, Request) and 1 <= len(request.chats) <= 32
         except RequestError as error:
             assert error.status == 400 and "\n" not in error.message and len(error.message) < 400
-            assert json.loads(protocol.render(protocol.error(400, error.message, error.type, error.param)))
+            assert json.loads(protocol.render(protocol.error(error)))
 
 
 @settings(max_examples=500, deadline=None)
