@@ -69,8 +69,7 @@ def parse_completion(body: dict, max_tokens: int) -> Request:
     prompt, images = body.get("prompt"), body.get("images")
     several = isinstance(prompt, list)
     prompts = prompt if several else [prompt]
-    if prompt is None:
-        raise RequestError("prompt is missing: a string, or a list of strings", "prompt")
+    check("prompt", prompt, prompt is not None, "a string or a list of strings")
     if several:
         check_texts("prompt", prompts, 1, MAX_PROMPTS)
     else:

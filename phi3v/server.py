@@ -6,7 +6,6 @@ its TLS handshake, so that a silent client holds up nobody else.
 
 import contextlib
 import errno
-import http.client
 import json
 import logging
 import os
@@ -41,7 +40,6 @@ CORS = {
     "Access-Control-Max-Age": "600",
     "Vary": "Origin",
 }
-
 NO_HEAD = Head("", "", "", 1, {"connection": "close"}, None, False, 0)  # of a request that could not be read
 
 log = logging.getLogger("phi3v")
@@ -195,22 +193,20 @@ class Handler(BaseHTTPRequestHandler):
             name = f"{head.host!r:.100}"
             raise errors.Misdirected(f"this server is not known as {name}: --allowed-host {name} would make it so")
         self._route = route = MODEL if head.path.startswith(MODEL[:-4]) else head.path
-        methods = ROUTES.get(route)
-        if methods is None:
+        if route not in ROUTES:
             self._route = "other"
             raise errors.NotFound(f"there is no {head.path!r:.200}; the routes are {', '.join(ROUTES)}")
         if head.method not in METHODS:
             raise errors.NotImplementedHere(f"there is no method {head.method!r:.50}")
         if head.method == "OPTIONS" and self._cors():
             return self.connection.send(self._head_of(204, {}))
-        method = "GET" if head.method == "HEAD" else head.method
-        if method not in methods:
-            allowed = ", ".join(methods)
-            raise errors.MethodNotAllowed(f"{head.path} takes {allowed}, not {method}", headers={"Allow": allowed})
+        method, answer = ROUTES[route]
+        if head.method != method and (head.method, method) != ("HEAD", "GET"):
+            raise errors.MethodNotAllowed(f"{head.path} takes {method}, not {head.method}", headers={"Allow": method})
         most = self.server.max_chat_content_length if "chat" in route else self.server.max_content_length
         if (head.length or 0) > most:
             raise errors.TooLarge(f"the body has {head.length:,} bytes, at most {most:,} are allowed")
-        methods[method](self)
+        answer(self)
 
     def health(self) -> None:
         status = self.server.llm.status
@@ -349,7 +345,7 @@ class Handler(BaseHTTPRequestHandler):
         if _is_public(self._head.host):
             headers["Strict-Transport-Security"] = HSTS
         fields = "".join(f"{name}: {value}\r\n" for name, value in (headers | self._cors()).items())
-        return f"HTTP/1.1 {status} {http.client.responses[status]}\r\n{fields}\r\n".encode("latin-1")
+        return f"HTTP/1.1 {status} {self.responses[status][0]}\r\n{fields}\r\n".encode("latin-1")
 
     def _cors(self) -> dict[str, str]:
         origin = self._head.fields.get("origin")
@@ -378,10 +374,10 @@ def _is_public(host: str) -> bool:
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"))
 CHAT, MODEL = "/v1/chat/completions", "/v1/models/{id}"
 ROUTES = {
-    "/v1/completions": {"POST": Handler.completions},
-    CHAT: {"POST": Handler.completions},
-    "/v1/models": {"GET": Handler.models},
-    MODEL: {"GET": Handler.models},
-    "/health": {"GET": Handler.health},
-    "/metrics": {"GET": Handler.metrics},
+    "/v1/completions": ("POST", Handler.completions),
+    CHAT: ("POST", Handler.completions),
+    "/v1/models": ("GET", Handler.models),
+    MODEL: ("GET", Handler.models),
+    "/health": ("GET", Handler.health),
+    "/metrics": ("GET", Handler.metrics),
 }

@@ -140,7 +140,7 @@ def refused(body: dict, param: str, message: str) -> None:
     assert (caught.value.param, caught.value.message, caught.value.status) == (param, message, 400)
 
 
-MISSING = "prompt is missing: a string, or a list of strings"
+MISSING = "prompt must be a string or a list of strings, not null"
 
 
 @pytest.mark.parametrize(

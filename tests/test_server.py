@@ -140,12 +140,11 @@ def test_the_checks_come_in_the_documented_order(site):
 
 def test_without_a_key_every_route_but_health_is_401(site):
     assert {"/health", "/v1/completions"} <= server.ROUTES.keys()
-    for path, methods in server.ROUTES.items():
-        for method in methods:
-            target = f"{path}?key={site.secret}".replace("{id}", "phi-3-vision")
-            reply = site.post(request=f"{method} {target}", X_API_Key=None)
-            assert (reply.status, path) == (200 if path == "/health" else 401, path)
-            assert not {name for name in reply.headers if name.startswith("X-RateLimit")}
+    for path, (method, _) in server.ROUTES.items():
+        target = f"{path}?key={site.secret}".replace("{id}", "phi-3-vision")
+        reply = site.post(request=f"{method} {target}", X_API_Key=None)
+        assert (reply.status, path) == (200 if path == "/health" else 401, path)
+        assert not {name for name in reply.headers if name.startswith("X-RateLimit")}
 
 
 def test_a_key_ends_when_it_expires_or_is_deleted_and_x_api_key_wins_over_bearer(site, clock):
