@@ -109,11 +109,11 @@ def test_every_option_has_the_bounds_and_the_default_of_the_code():
     documented += [(name, followed(CHAT[name])) for name in options if name not in ("max_tokens", "logprobs")]
     for name, schema in documented:
         bounds = options[name].metadata
-        if "kind" in bounds:
-            high, default = bounds["high"], options[name].default
+        if "low" in bounds:
+            high, default = bounds.get("high"), options[name].default
             if name == "max_tokens":
                 high, default = server.Server.max_tokens, request.DEFAULT_MAX_TOKENS
-            assert schema["type"] == ["integer" if bounds["kind"] is int else "number", "null"], name
+            assert schema["type"] == ["number" if bounds.get("kind") is float else "integer", "null"], name
             assert (schema["minimum"], schema["maximum"], schema["default"]) == (bounds["low"], high, default), name
         else:
             one, several = schema["anyOf"]
