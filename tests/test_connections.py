@@ -186,6 +186,22 @@ def test_stop_ends_idle_connections_in_order_and_at_once(site):
     assert time.monotonic() - began < server.STOP_SECONDS
 
 
+def test_stop_ends_a_stream_that_had_begun_and_its_connection(site):
+    site.llm.gate.clear()
+    client = site.connect().send(site.http(b'{"prompt": "ab", "stream": true}'))
+    assert client.reply(body=False).headers["Connection"] is None  # it was to go on
+    stopping = threading.Thread(target=site.server.stop)
+    stopping.start()
+    assert waits_for(lambda: site.server.stopping)
+    site.llm.gate.set()
+    data = b""
+    while not data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+        data += client.file.read(200)
+    assert client.ended()
+    stopping.join(server.STOP_SECONDS / 2)
+    assert not stopping.is_alive() and not site.server.handlers
+
+
 NAMES = ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:1"]
 
 

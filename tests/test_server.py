@@ -280,6 +280,7 @@ def test_plain_http_gets_a_readable_400(site):
         message = Reply(reply.status, reply.headers, reply.read()).refusal(400)
     connection.close()
     assert message == "this port speaks HTTPS: use https://"
+    assert ' path="" status=400 ' in site.line()
 
 
 def test_silent_and_babbling_clients_hold_up_nobody_and_are_no_error_of_ours(site):
