@@ -130,9 +130,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def stop(self) -> None:
         """Accept nothing more and return when the running requests are answered, or after STOP_SECONDS."""
-        self.stopping = True
         self.shutdown()
         self.server_close()
+        self.stopping = True  # from here on nobody waits for a request
         with self._left:
             for handler in filter(None, list(self.handlers.values())):
                 if not handler.busy:
