@@ -16,7 +16,8 @@ from .head import MAX_HEAD, Head, parse
 
 HANDSHAKE, HEAD, IDLE, WRITE = 5, 10, 60, 15  # seconds; IDLE is between two requests
 BODY, BODY_RATE = 10, 64 * 1024  # seconds, and one more for each so many bytes: a slow mobile uplink
-LINGER, SILENCE, MAX_LINGER = 5, 1, 32 * 1024 * 1024  # seconds in all, seconds without a byte, bytes
+# Seconds for what a client still sends to a refusal, one more for so many bytes of it, and the most bytes.
+LINGER, LINGER_RATE, MAX_LINGER = 2, 1024 * 1024, 32 * 1024 * 1024
 READ = 16_384  # bytes: a TLS record's most
 SEND_BUFFER = 256 * 1024  # bytes of answers that the system keeps for a slow reader; on its own it takes 4 MB
 
@@ -120,9 +121,10 @@ class Connection:
                 self._socket.unwrap()
         with contextlib.suppress(OSError):
             plain.shutdown(self._socket, socket.SHUT_WR)
-            while left > 0:
-                self._socket.settimeout(min(SILENCE, _left(end)))
+            while left > 0 and time.monotonic() < end:
+                self._socket.settimeout(_left(end))
                 more = len(plain.recv(self._socket, 65536))  # not to be decrypted any more
+                end += more / LINGER_RATE
                 left -= more or left
         self._socket.close()
 

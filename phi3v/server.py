@@ -137,7 +137,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
             for handler in filter(None, list(self.handlers.values())):
                 if not handler.busy:
                     handler.connection.hang_up()
-            self._left.wait_for(lambda: not any(list(self.handlers.values())), STOP_SECONDS)
+            self._left.wait_for(lambda: not any(h and h.busy for h in list(self.handlers.values())), STOP_SECONDS)
+            self._left.wait_for(lambda: not any(list(self.handlers.values())), 1)  # their farewells
 
 
 class Handler(BaseHTTPRequestHandler):
