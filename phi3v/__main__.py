@@ -78,13 +78,13 @@ def serve(arguments: argparse.Namespace) -> None:
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
         notices += _allow_descriptors(arguments.max_connections)
-        names = "max_content_length", "max_tokens", "max_chat_content_length", "max_connections"
-        limits = {name: getattr(arguments, name) for name in names}
-        limits |= {"hosts": {*tls.host_names(arguments.host), *arguments.allowed_host}}
         both = arguments.host in ("127.0.0.1", "localhost")  # a client may try either for localhost
         addresses = [(host, arguments.port) for host in (("127.0.0.1", "::1") if both else (arguments.host,))]
         with closing(KeyStore(arguments.db)) as keys:
-            server = Server(addresses, context, llm, keys, origins=arguments.allow_origin, **limits)
+            server = Server(addresses, context, llm, keys)
+            server.hosts = {*tls.host_names(arguments.host), *arguments.allowed_host}
+            for name in ("origins", "max_content_length", "max_chat_content_length", "max_tokens", "max_connections"):
+                setattr(server, name, getattr(arguments, name))
             for notice in notices:
                 log.warning(notice)
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
@@ -236,17 +236,17 @@ def _parser() -> argparse.ArgumentParser:
 
     count, size, duration = _kind(*COUNT), _kind(*SIZE), _kind(*TIME, never=0)
     auto_count, auto_size = _kind(*COUNT, auto=None), _kind(*SIZE, auto=None)  # None: worked out from the memory
+    level = _kind(r"(?!)", "debug, info, warning or error", debug=10, info=20, warning=30, error=40)
     sub = serve_ = command(serve, "serve", "serve the model over HTTPS")
     _option(sub, "--host", "127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
     _option(sub, "--port", 8000, type=int)
     _option(sub, "--allowed-host", "", type=_names, help="further names that clients may call it by, with commas")
-    _option(
-        sub, "--allow-origin", "", type=_names, help="web origins whose pages may use it, such as https://a.example"
-    )
+    text = "web origins whose pages may use it, such as https://a.example"
+    _option(sub, "--allow-origin", "", type=_names, dest="origins", help=text)
     _option(sub, "--certfile", "server.crt", help="made on the first run if it is not there")
     _option(sub, "--keyfile", "server.key")
     _option(sub, "--log-file", "server.log")
-    _option(sub, "--log-level", "info", choices=["debug", "info", "warning", "error"])
+    _option(sub, "--log-level", "info", type=level, help="debug, info, warning or error")
     _option(sub, "--max-content-length", "1MB", type=size, help="largest body, such as 500KB or 1MB")
     _option(sub, "--max-chat-content-length", "20MB", type=size, help="the same, of the chat route")
     _option(sub, "--max-connections", 1024, type=count, help="the most clients at once; others are turned away")
@@ -268,9 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name")
     sub.add_argument("--expires", type=duration, help="from now on, such as 90d; or never")
     sub = rotate_ = command(rotate, "rotate", "give a key a new secret and print it, once; all else stays")
-    sub.add_argument(
-        "--grace", type=_kind(*GRACE), default=0, help="the old one stays valid so long, as 24h (not at all)"
-    )
+    text = "the old one stays valid so long, as 24h (not at all)"
+    sub.add_argument("--grace", type=_kind(*GRACE), default=0, help=text)
     delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
     sub = generate_ = command(generate, "generate", "answer one prompt in the terminal")
     sub.add_argument("prompt")
@@ -350,10 +349,7 @@ def _start_log(arguments: argparse.Namespace) -> Path | None:
     """Everything to the log file, warnings to stderr as well; returns the file, None if it cannot be written."""
     logging.raiseExceptions = False  # a full disk must cost lines of the log, not a traceback for each
     warnings.filterwarnings("ignore", module="PIL")  # they quote what clients sent, a line for each new wording
-    try:
-        log.setLevel(arguments.log_level.upper())
-    except ValueError as error:  # argparse checks the flag, not the variable
-        raise SetupError(f"PHI3V_LOG_LEVEL: {error}") from None
+    log.setLevel(arguments.log_level)
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
     console.setFormatter(_Formatter("phi3v: %(message)s"))

@@ -22,39 +22,39 @@ READ = 16_384  # bytes: a TLS record's most
 SEND_BUFFER = 256 * 1024  # bytes of answers that the system keeps for a slow reader; on its own it takes 4 MB
 
 
-class PlainHTTP(Exception):
-    """Who connected speaks no TLS."""
-
-
 class Connection:
-    """`raw` once the handshake is done. Raises OSError or PlainHTTP, and leaves it open for what is to be said then."""
+    """`raw` once the handshake is done; who speaks plain HTTP instead is answered in it. Raises OSError."""
 
     def __init__(self, raw: socket.socket, context: ssl.SSLContext):
         end = time.monotonic() + HANDSHAKE
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         raw.settimeout(HANDSHAKE)
-        if raw.recv(1, socket.MSG_PEEK) not in (b"", b"\x16"):  # 0x16: a TLS handshake record
-            raise PlainHTTP
+        self._plain = raw.recv(1, socket.MSG_PEEK) not in (b"", b"\x16")  # 0x16: a TLS handshake record
         raw.settimeout(_left(end))
-        self._tls = context.wrap_socket(raw, server_side=True)
+        self._socket = raw if self._plain else context.wrap_socket(raw, server_side=True)
         self._data, self._used = b"", False  # what came and was not read yet; whether there was a request before
 
     def head(self) -> Head | None:
         """The next request's head; None when the client has closed or was idle for too long."""
+        if self._plain:
+            raise RequestError("this port speaks HTTPS: use https://")
         end = time.monotonic() + (IDLE if self._used and not self._data else HEAD)
         found = parse(self._data)
         while not found:
             try:
-                more = self._receive(end)
+                self._socket.settimeout(_left(end))
+                more = self._socket.recv(READ)
+                if self._data and not more:
+                    raise RequestError("the connection ended within the head")
             except TimeoutError:
-                if not self._data:
-                    return None
-                raise TooSlow(f"the head did not arrive within {HEAD} s") from None
-            if not more and not self._data:
-                return None
+                if self._data:
+                    raise TooSlow(f"the head did not arrive within {HEAD} s") from None
+                more = b""
+            except OSError as error:  # a reset, or what is no TLS
+                raise ConnectionAbortedError("the connection broke within the head") from error
             if not more:
-                raise RequestError("the connection ended within the head")
+                return None
             if self._used and not self._data:
                 end = time.monotonic() + HEAD
             self._data += more
@@ -71,8 +71,8 @@ class Connection:
         body[:got], self._data = self._data[:got], self._data[got:]
         try:
             while got < length:
-                self._tls.settimeout(_left(end))
-                more = self._tls.recv_into(memoryview(body)[got:])
+                self._socket.settimeout(_left(end))
+                more = self._socket.recv_into(memoryview(body)[got:])
                 if not more:
                     raise RequestError(f"the body ended after {got:,} of {length:,} bytes")
                 got += more
@@ -87,8 +87,8 @@ class Connection:
         end, view = time.monotonic() + WRITE, memoryview(data)
         try:
             while view:
-                self._tls.settimeout(_left(end))
-                view = view[self._tls.send(view) :]
+                self._socket.settimeout(_left(end))
+                view = view[self._socket.send(view) :]
         except OSError as error:  # a time-out too: it reads too slowly
             raise ConnectionAbortedError("the client does not read") from error
 
@@ -96,50 +96,37 @@ class Connection:
         """Whether the client has closed its side: then nobody waits for the answer."""
         if hasattr(select, "POLLRDHUP"):
             poll = select.poll()
-            poll.register(self._tls, select.POLLRDHUP)
+            poll.register(self._socket, select.POLLRDHUP)
             return bool(poll.poll(0))
         with contextlib.closing(select.kqueue()) as queue:  # macOS
-            events = queue.control([select.kevent(self._tls, select.KQ_FILTER_READ, select.KQ_EV_ADD)], 1, 0)
+            events = queue.control([select.kevent(self._socket, select.KQ_FILTER_READ, select.KQ_EV_ADD)], 1, 0)
             return any(event.flags & select.KQ_EV_EOF for event in events)
 
     def own_address(self) -> str:
         """The address of ours that the client has reached."""
-        return self._tls.getsockname()[0].removeprefix("::ffff:")
+        return self._socket.getsockname()[0].removeprefix("::ffff:")
 
     def hang_up(self) -> None:
         """Take no more requests; for any thread: TLS is not touched."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._tls, socket.SHUT_RD)
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)
 
     def close(self) -> None:
-        """End in order, with TLS's close_notify."""
-        self._tls.settimeout(0)
+        """End in order, with TLS's close_notify, and read away what the client still sends: a close before would reset
+        the connection, and the last answer could be lost with it."""
+        end, left, plain = time.monotonic() + LINGER, MAX_LINGER, socket.socket
+        self._socket.settimeout(0)
         with contextlib.suppress(OSError, ValueError):  # says that it does not wait for the client's own
-            self._tls.unwrap()
-        drain(self._tls)
-        self._tls.close()
-
-    def _receive(self, end: float) -> bytes:
-        self._tls.settimeout(_left(end))
-        try:
-            return self._tls.recv(READ)
-        except TimeoutError:
-            raise
-        except OSError as error:  # a reset, or what is no TLS
-            raise ConnectionAbortedError("the connection broke within the head") from error
-
-
-def drain(sock: socket.socket) -> None:
-    """Say that no more comes, and read away what the client still sends: a close before would reset the connection,
-    and the last answer could be lost with it."""
-    end, left, plain = time.monotonic() + LINGER, MAX_LINGER, socket.socket
-    with contextlib.suppress(OSError):
-        plain.shutdown(sock, socket.SHUT_WR)
-        while left > 0 and time.monotonic() < end:
-            sock.settimeout(_left(end))
-            more = len(plain.recv(sock, 65536))  # not to be decrypted any more
-            end += more / LINGER_RATE
-            left -= more or left
+            if not self._plain:
+                self._socket.unwrap()
+        with contextlib.suppress(OSError):
+            plain.shutdown(self._socket, socket.SHUT_WR)
+            while left > 0 and time.monotonic() < end:
+                self._socket.settimeout(_left(end))
+                more = len(plain.recv(self._socket, 65536))  # not to be decrypted any more
+                end += more / LINGER_RATE
+                left -= more or left
+        self._socket.close()
 
 
 def _left(end: float) -> float:

@@ -5,10 +5,7 @@ its TLS handshake, so that a silent client holds up nobody else.
 """
 
 import contextlib
-import email.utils
 import errno
-import functools
-import http.client
 import json
 import logging
 import os
@@ -20,20 +17,18 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from email.utils import formatdate
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler
 
 from . import errors, protocol
-from .connection import Connection, PlainHTTP, drain
+from .connection import Connection
 from .head import Head
 from .metrics import CONTENT_TYPE, Metrics
 from .request import Delta
 
 STOP_SECONDS = 30  # how long running requests may go on after the server was told to stop
-MAX_CONTENT_LENGTH = 1024 * 1024  # as documented
-MAX_CHAT_CONTENT_LENGTH = 20 * 1024 * 1024  # a phone's photograph has 3 to 6 MB, and a third more as base64
-MAX_TOKENS = 1024  # as documented
-MAX_CONNECTIONS = 1024  # a thread and some 70 KB each
 BACKLOG = 1024  # with socketserver's 5, a burst of connections waits for retransmissions
 BREATH = 0.1  # seconds between two tries to accept while the system has no descriptors left
 PATIENCE = 0.05  # seconds without a token after which is looked whether the client is still there
@@ -47,6 +42,7 @@ CORS = {
     "Access-Control-Max-Age": "600",
     "Vary": "Origin",
 }
+NO_HEAD = Head("", "", "", 1, {"connection": "close"}, None, False, 0)  # of a request that could not be read
 
 log = logging.getLogger("phi3v")
 
@@ -55,32 +51,23 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """HTTPS on the (host, port)s, bound at once and answering from `serve_forever` on.
 
     The first port may be 0, for any; the others then take the same. `llm` needs `answer`, `status`, `stats` and
-    `checkpoint` of LLM; `keys` is a KeyStore or like one. `hosts` are the names, in lower case, that a request's Host
-    may have besides the address it came to; `origins` those whose pages may read answers. Raises SetupError.
+    `checkpoint` of LLM; `keys` is a KeyStore or like one. Raises SetupError. The attributes may be set at any time.
     """
 
+    hosts = ("localhost",)  # in lower case: what a request's Host may be besides the address it came to
+    origins = ()  # whose pages may read answers
+    max_content_length = 1024 * 1024  # as documented
+    max_chat_content_length = 20 * 1024 * 1024  # a phone's photograph has 3 to 6 MB, and a third more as base64
+    max_tokens = 1024  # as documented
+    max_connections = 1024  # a thread and some 70 KB each
     daemon_threads = True
     block_on_close = False
 
-    def __init__(
-        self,
-        addresses: list[tuple[str, int]],
-        context: ssl.SSLContext,
-        llm,
-        keys,
-        hosts: Collection[str] = ("localhost",),
-        origins: Collection[str] = (),
-        max_content_length: int = MAX_CONTENT_LENGTH,
-        max_tokens: int = MAX_TOKENS,
-        max_chat_content_length: int = MAX_CHAT_CONTENT_LENGTH,
-        max_connections: int = MAX_CONNECTIONS,
-    ):
-        self.context, self.llm, self.keys, self.hosts, self.origins = context, llm, keys, hosts, origins
-        self.max_content_length, self.max_chat_content_length = max_content_length, max_chat_content_length
-        self.max_tokens, self.max_connections = max_tokens, max_connections
+    def __init__(self, addresses: list[tuple[str, int]], context: ssl.SSLContext, llm, keys):
+        self.context, self.llm, self.keys = context, llm, keys
         self.started, self.metrics, self.stopping = int(time.time()), Metrics(), False
-        self._changed = threading.Condition()
-        self._handlers: dict[socket.socket, Handler | None] = {}  # by accepted socket; None during the handshake
+        self.handlers: dict[socket.socket, Handler | None] = {}  # by accepted socket; None during the handshake
+        self._left = threading.Condition()  # notified when there is one less
         self._selector = selectors.DefaultSelector()
         for host, port in addresses:
             self._listen(host, port or (self.server_address[1] if self._selector.get_map() else 0))
@@ -118,19 +105,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def verify_request(self, request: socket.socket, client_address) -> bool:
         """Take a connection unless there are too many; one more thread to tell it so would be one more."""
-        with self._changed:
-            if len(self._handlers) < self.max_connections:
-                self._handlers[request] = None
-            return request in self._handlers
+        if len(self.handlers) < self.max_connections:
+            self.handlers[request] = None
+        return request in self.handlers
 
     def finish_request(self, request: socket.socket, client_address) -> None:
         """Handshake and requests of one connection, on its own thread."""
         try:
             super().finish_request(request, client_address)
-        except PlainHTTP:
-            with contextlib.suppress(OSError):
-                request.sendall(_plain_http())
-                drain(request)
         except OSError as error:  # ssl.SSLError and time-outs are OSErrors too: the client's doing, not ours
             log.debug("connection of %s ended: %s", client_address[0], error)
 
@@ -138,22 +120,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         log.exception("connection of %s failed", client_address[0])
 
     def shutdown_request(self, request: socket.socket) -> None:
-        with self._changed:
-            self._handlers.pop(request, None)
-            self._changed.notify_all()
         request.close()
-
-    def ready(self, handler: "Handler") -> None:
-        """The handshake of a connection is done."""
-        with self._changed:
-            self._handlers[handler.request] = handler
-
-    def mark(self, handler: "Handler", busy: bool) -> None:
-        """Note that a request begins or has ended."""
-        with self._changed:
-            handler.busy = busy
-            if self.stopping:
-                self._changed.notify_all()
+        with self._left:
+            self.handlers.pop(request, None)
+            self._left.notify_all()
 
     def server_close(self) -> None:
         for key in list(self._selector.get_map().values()):
@@ -162,15 +132,15 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def stop(self) -> None:
         """Accept nothing more and return when the running requests are answered, or after STOP_SECONDS."""
-        self.stopping = True
         self.shutdown()
         self.server_close()
-        with self._changed:
-            for handler in filter(None, self._handlers.values()):
+        self.stopping = True  # from here on nobody waits for a request
+        with self._left:
+            for handler in filter(None, list(self.handlers.values())):
                 if not handler.busy:
                     handler.connection.hang_up()
-            self._changed.wait_for(lambda: not any(h and h.busy for h in self._handlers.values()), STOP_SECONDS)
-            self._changed.wait_for(lambda: not any(self._handlers.values()), 1)  # their farewells
+            self._left.wait_for(lambda: not any(h and h.busy for h in list(self.handlers.values())), STOP_SECONDS)
+            self._left.wait_for(lambda: not any(list(self.handlers.values())), 1)  # their farewells
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -180,69 +150,66 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection = Connection(self.request, self.server.context)
-        self.server.ready(self)
+        self.server.handlers[self.request] = self
 
     def finish(self) -> None:
         self.connection.close()
 
     def handle_one_request(self) -> None:
-        """Answer one request and log it; every RequestError, whoever raised it, is rendered here."""
-        self.close_connection, head, refused = True, None, None
+        """Answer one request and log it; every error, whoever raised it, is rendered here or in `_stream`."""
+        self.close_connection, unreadable = True, None
+        if self.server.stopping:  # it may have looked for idle connections when this was not one
+            return
         try:
             head = self.connection.head()
         except errors.RequestError as error:
-            refused = error
-        if not head and not refused:
+            head, unreadable = NO_HEAD, error
+        if not head:
             return
-        self.server.mark(self, True)
+        self.busy = True
         self._begin(head)
         try:
-            if refused:
-                raise refused
-            self._answer(head)
-        except errors.RequestError as error:
-            self.server.metrics.add("refusals_total", type=error.type)
-            self._reply(
-                error.status, protocol.error(error.status, error.message, error.type, error.param), error.headers
-            )
+            try:
+                if unreadable:
+                    raise unreadable
+                self._answer(head)
+            except Exception as error:
+                told = self._told(error)
+                self._reply(told.status, protocol.error(told), told.headers)
         except ConnectionError:
             self._status, self.close_connection = 499, True  # the client has gone; there is nobody to tell
-        except Exception:
-            self._reply(500, self._internal_error())
         finally:
             self._log()
-            self.server.mark(self, False)
+            self.busy = False
 
-    def _begin(self, head: Head | None) -> None:
+    def _begin(self, head: Head) -> None:
         self._started, self._head = time.monotonic(), head
-        given = head.fields.get("x-request-id", "") if head else ""
+        given = head.fields.get("x-request-id", "")
         self._request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
         self._status, self._key, self._facts, self._allowance, self._route = 0, None, {}, {}, "other"
         # What was not read of the body would be taken for the next request: the connection ends after the answer.
-        self._unread = not head or head.chunked or bool(head.length) or (head.length is None and head.method == "POST")
-        self._persistent = bool(head and head.persistent)
+        unread = head.chunked or head.length or (head.length is None and head.method == "POST")
+        self.close_connection = bool(unread) or not head.persistent
 
     def _answer(self, head: Head) -> None:
         if head.host and head.host not in self.server.hosts and head.host != self.connection.own_address():
             name = f"{head.host!r:.100}"
             raise errors.Misdirected(f"this server is not known as {name}: --allowed-host {name} would make it so")
         self._route = route = MODEL if head.path.startswith(MODEL[:-4]) else head.path
-        methods = ROUTES.get(route)
-        if methods is None:
+        if route not in ROUTES:
             self._route = "other"
             raise errors.NotFound(f"there is no {head.path!r:.200}; the routes are {', '.join(ROUTES)}")
         if head.method not in METHODS:
             raise errors.NotImplementedHere(f"there is no method {head.method!r:.50}")
         if head.method == "OPTIONS" and self._cors():
-            return self._reply(204, b"")
-        method = "GET" if head.method == "HEAD" else head.method
-        if method not in methods:
-            allowed = ", ".join(methods)
-            raise errors.MethodNotAllowed(f"{head.path} takes {allowed}, not {method}", headers={"Allow": allowed})
+            return self.connection.send(self._head_of(204, {}))
+        method, answer = ROUTES[route]
+        if head.method != method and (head.method, method) != ("HEAD", "GET"):
+            raise errors.MethodNotAllowed(f"{head.path} takes {method}, not {head.method}", headers={"Allow": method})
         most = self.server.max_chat_content_length if "chat" in route else self.server.max_content_length
         if (head.length or 0) > most:
             raise errors.TooLarge(f"the body has {head.length:,} bytes, at most {most:,} are allowed")
-        methods[method](self)
+        answer(self)
 
     def health(self) -> None:
         status = self.server.llm.status
@@ -280,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
             if fields.get("expect", "").lower() == "100-continue" and self._head.minor:
                 self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")  # only now: key and size are good
             raw = self.connection.body(length)
-            self._unread = False
+            self.close_connection = not self._head.persistent
             body, chat = protocol.parse_json(raw), self._route == CHAT
             request = (protocol.parse_chat if chat else protocol.parse_completion)(body, self.server.max_tokens)
             streamed, include_usage = protocol.streaming(body)
@@ -327,68 +294,64 @@ class Handler(BaseHTTPRequestHandler):
             self.server.keys.record(self._key, *(counts.get(f"{of}_tokens", 0) for of in ("prompt", "completion")))
 
     def _authorize(self, counted: bool = False) -> None:
-        self._key = self.server.keys.verify(self._secret())
-        self._allowance = self.server.keys.take(self._key, counted).headers()
-
-    def _secret(self) -> str:
         fields = self._head.fields
         scheme, _, token = fields.get("authorization", "").partition(" ")
         secret = (fields.get("x-api-key") or (token if scheme.lower() == "bearer" else "")).strip()
         if not secret:
             raise errors.Unauthorized("the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY")
-        return secret
+        self._key = self.server.keys.verify(secret)
+        self._allowance = self.server.keys.take(self._key, counted).headers()
 
     def _stream(self, events: Iterator[bytes]) -> None:
         """Send events as they come; what fails after the 200 is an event, too, and the last one."""
         chunked = self._head.minor > 0
-        self._persistent &= chunked
-        self._status = 200
+        self.close_connection |= not chunked
         self.connection.send(self._head_of(200, STREAM | ({"Transfer-Encoding": "chunked"} if chunked else {})))
-        for event in self._told(events):
+
+        def tell(event: bytes) -> None:
             self.connection.send(b"%x\r\n%b\r\n" % (len(event), event) if chunked else event)
+
+        try:
+            for event in events:
+                tell(event)
+        except Exception as error:
+            told = self._told(error)
+            self._status = told.status  # in the log; the client has read 200
+            tell(protocol.sse(protocol.error(told)))
         if chunked:
             self.connection.send(b"0\r\n\r\n")
 
-    def _told(self, events: Iterator[bytes]) -> Iterator[bytes]:
-        try:
-            yield from events
-        except errors.RequestError as error:
-            self._status = error.status  # in the log; the client has read 200
-            yield protocol.sse(protocol.error(error.status, error.message, error.type, error.param))
-        except ConnectionError:
-            raise
-        except Exception:
-            self._status = 500
-            yield protocol.sse(self._internal_error())
-
-    def _internal_error(self) -> dict:
-        log.exception("request %s failed", self._request_id)
-        message = f"internal error; the server's log has it under request {self._request_id}"
-        return protocol.error(500, message, "server_error")
+    def _told(self, error: Exception) -> errors.RequestError:
+        """What a client is told of an error: its own in full, of ours only where to look."""
+        if isinstance(error, ConnectionError):
+            raise error
+        if not isinstance(error, errors.RequestError):
+            log.exception("request %s failed", self._request_id)
+            error = errors.Internal(f"internal error; the server's log has it under request {self._request_id}")
+        self.server.metrics.add("refusals_total", type=error.type)
+        return error
 
     def _reply(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
-        self._status = status
         payload = body if isinstance(body, bytes) else protocol.render(body)
         fixed = {"Content-Type": "application/json", "Content-Length": str(len(payload)), "Cache-Control": "no-store"}
-        head = self._head_of(status, fixed | (headers or {}) if status != 204 else {})  # RFC 9110 8.6
-        try:
-            self.connection.send(head if self._head and self._head.method == "HEAD" else head + payload)
-        except ConnectionError:
-            self._status, self.close_connection = 499, True  # the client has gone; there is nobody to tell
+        head = self._head_of(status, fixed | (headers or {}))
+        self.connection.send(head if self._head.method == "HEAD" else head + payload)
 
     def _head_of(self, status: int, headers: dict[str, str]) -> bytes:
-        self.close_connection = self._unread or self.server.stopping or not self._persistent
+        self._status = status
+        self.close_connection |= self.server.stopping
         headers = {"X-Request-Id": self._request_id, "Date": _date(int(time.time()))} | self._allowance | headers
         if self.close_connection:
             headers["Connection"] = "close"
         elif self._head.minor == 0:
             headers["Connection"] = "keep-alive"
-        if self._head and _is_public(self._head.host):
+        if _is_public(self._head.host):
             headers["Strict-Transport-Security"] = HSTS
-        return _head(status, headers | self._cors())
+        fields = "".join(f"{name}: {value}\r\n" for name, value in (headers | self._cors()).items())
+        return f"HTTP/1.1 {status} {self.responses[status][0]}\r\n{fields}\r\n".encode("latin-1")
 
     def _cors(self) -> dict[str, str]:
-        origin = self._head.fields.get("origin") if self._head else None
+        origin = self._head.fields.get("origin")
         return CORS | {"Access-Control-Allow-Origin": origin} if origin in self.server.origins else {}
 
     def _log(self) -> None:
@@ -397,24 +360,16 @@ class Handler(BaseHTTPRequestHandler):
             "request": self._request_id,
             "client": self.client_address[0],
             "key": self._key.id if self._key else None,
-            "method": self._head.method if self._head and self._head.method in METHODS else None,
-            "path": self._head.path[:200] if self._head else "",
+            "method": self._head.method if self._head.method in METHODS else None,
+            "path": json.dumps(self._head.path[:200]),
             "status": self._status,
             "ms": round((time.monotonic() - self._started) * 1000),
-            **{k: v for k, v in self._facts.items() if isinstance(v, int)},
-        }
-        text = " ".join(f"{k}={json.dumps(v) if k == 'path' else v}" for k, v in line.items() if v is not None)
+        } | self._facts
+        text = " ".join(f"{k}={v}" for k, v in line.items() if v is not None)
         log.info("%s", re.sub(r"phi3v_\w+", "phi3v_…", text))  # a key that was put into the path
 
 
-def _head(status: int, headers: dict[str, str]) -> bytes:
-    lines = [f"HTTP/1.1 {status} {http.client.responses[status]}", *(f"{k}: {v}" for k, v in headers.items())]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-@functools.lru_cache(1)
-def _date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
+_date = lru_cache(1)(partial(formatdate, usegmt=True))  # 2 µs each
 
 
 def _is_public(host: str) -> bool:
@@ -422,20 +377,13 @@ def _is_public(host: str) -> bool:
     return "." in host and not host.endswith((".local", ".localhost")) and not re.fullmatch(r"[0-9.]+|.*:.*", host)
 
 
-def _plain_http() -> bytes:
-    """The answer, in plain text, to who speaks plain HTTP."""
-    body = protocol.render(protocol.error(400, "this port speaks HTTPS: use https://", "invalid_request_error"))
-    headers = {"X-Request-Id": uuid.uuid4().hex, "Content-Type": "application/json"}
-    return _head(400, headers | {"Content-Length": str(len(body)), "Connection": "close"}) + body
-
-
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"))
 CHAT, MODEL = "/v1/chat/completions", "/v1/models/{id}"
 ROUTES = {
-    "/v1/completions": {"POST": Handler.completions},
-    CHAT: {"POST": Handler.completions},
-    "/v1/models": {"GET": Handler.models},
-    MODEL: {"GET": Handler.models},
-    "/health": {"GET": Handler.health},
-    "/metrics": {"GET": Handler.metrics},
+    "/v1/completions": ("POST", Handler.completions),
+    CHAT: ("POST", Handler.completions),
+    "/v1/models": ("GET", Handler.models),
+    MODEL: ("GET", Handler.models),
+    "/health": ("GET", Handler.health),
+    "/metrics": ("GET", Handler.metrics),
 }

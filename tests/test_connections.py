@@ -151,7 +151,7 @@ def test_one_connection_too_many_is_turned_away_and_the_others_do_not_notice(sit
         site.connect(secure=False).send(b"\x16").file.read() or site.connect()
     assert [client.send(HEALTH).reply().status for client in clients] == [200] * 3
     clients[0].close()
-    assert waits_for(lambda: len(site.server._handlers) == 2)
+    assert waits_for(lambda: len(site.server.handlers) == 2)
     assert site.connect().send(HEALTH).reply().status == 200
 
 
@@ -179,11 +179,27 @@ def test_without_descriptors_the_server_waits_instead_of_spinning_and_recovers(s
 def test_stop_ends_idle_connections_in_order_and_at_once(site):
     clients = [site.connect() for _ in range(3)]
     assert [client.send(HEALTH).reply().status for client in clients[:2]] == [200, 200]  # the third said nothing yet
-    assert waits_for(lambda: sum(map(bool, site.server._handlers.values())) == 3)
+    assert waits_for(lambda: sum(map(bool, site.server.handlers.values())) == 3)
     began = time.monotonic()
     site.server.stop()
     assert all(client.ended() for client in clients)
     assert time.monotonic() - began < server.STOP_SECONDS
+
+
+def test_stop_ends_a_stream_that_had_begun_and_its_connection(site):
+    site.llm.gate.clear()
+    client = site.connect().send(site.http(b'{"prompt": "ab", "stream": true}'))
+    assert client.reply(body=False).headers["Connection"] is None  # it was to go on
+    stopping = threading.Thread(target=site.server.stop)
+    stopping.start()
+    assert waits_for(lambda: site.server.stopping)
+    site.llm.gate.set()
+    data = b""
+    while not data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+        data += client.file.read(200)
+    assert client.ended()
+    stopping.join(server.STOP_SECONDS / 2)
+    assert not stopping.is_alive() and not site.server.handlers
 
 
 NAMES = ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:1"]

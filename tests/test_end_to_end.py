@@ -317,8 +317,9 @@ def test_a_second_signal_ends_at_once_and_the_first_answers_what_runs(tmp_path):
     with socket.create_connection(("127.0.0.1", running.port)) as raw:
         with context.wrap_socket(raw, server_hostname="localhost") as tls:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {running.key}\r\n"
-            tls.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 9\r\n\r\n".encode())
-            assert tls.pending() == 0
+            head += "Content-Type: application/json\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+            tls.sendall(head.encode())
+            assert tls.recv(100).startswith(b"HTTP/1.1 100 ")  # it is being answered now
             running.process.send_signal(signal.SIGTERM)
             assert eventually(lambda: refused(running.port))
             running.process.send_signal(signal.SIGINT)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v import protocol
-from phi3v.errors import RequestError
+from phi3v.errors import RateLimited, RequestError
 from phi3v.request import Chat, Delta, Picture, Request, SamplingParams, TokenLogprob
 from phi3v.tokenizer import Decoder
 
@@ -66,9 +66,9 @@ def test_a_json_object_is_taken(raw, body):
         (b"[" * 100_000, DEEP),
         (nested(100_000), DEEP),
         (nested(100_000, '{"b":', "}"), DEEP),
-        (b"[]", "the body must be a JSON object, not a list"),
-        (b'"prompt"', "the body must be a JSON object, not a string"),
-        (b"1.5", "the body must be a JSON object, not a number"),
+        (b"[]", "the body is JSON, but not an object"),
+        (b'"prompt"', "the body is JSON, but not an object"),
+        (b"1.5", "the body is JSON, but not an object"),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -140,7 +140,7 @@ def refused(body: dict, param: str, message: str) -> None:
     assert (caught.value.param, caught.value.message, caught.value.status) == (param, message, 400)
 
 
-MISSING = "prompt is missing: a string, or a list of strings"
+MISSING = "prompt must be a string or a list of strings, not null"
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ MISSING = "prompt is missing: a string, or a list of strings"
         ({}, "prompt", MISSING),
         ({"prompt": None}, "prompt", MISSING),
         ({"prompt": ""}, "prompt", "prompt is empty"),
-        ({"prompt": 5}, "prompt", "prompt must be a string, not a number"),
-        ({"prompt": False}, "prompt", "prompt must be a string, not true or false"),
-        ({"prompt": {"text": "hi"}}, "prompt", "prompt must be a string, not an object"),
-        ({"prompt": []}, "prompt", "prompt must be a string or a list of 1 to 32, not 0"),
-        ({"prompt": ["a"] * 33}, "prompt", "prompt must be a string or a list of 1 to 32, not 33"),
+        ({"prompt": 5}, "prompt", "prompt must be a string, not 5"),
+        ({"prompt": False}, "prompt", "prompt must be a string, not false"),
+        ({"prompt": {"text": "hi"}}, "prompt", 'prompt must be a string, not {"text": "hi"}'),
+        ({"prompt": []}, "prompt", "prompt must be a string or a list of 1 to 32, not a list of 0"),
+        ({"prompt": ["a"] * 33}, "prompt", "prompt must be a string or a list of 1 to 32, not a list of 33"),
         ({"prompt": ["a", ""]}, "prompt[1]", "prompt[1] is empty"),
         ({"prompt": ["a", None]}, "prompt[1]", "prompt[1] must be a string, not null"),
-        ({"prompt": [["a"]]}, "prompt[0]", "prompt[0] must be a string, not a list"),
-        ({"prompt": [1, 2, 3]}, "prompt[0]", "prompt[0] must be a string, not a number"),  # token ids, as OpenAI takes
+        ({"prompt": [["a"]]}, "prompt[0]", "prompt[0] must be a string, not a list of 1"),
+        ({"prompt": [1, 2, 3]}, "prompt[0]", "prompt[0] must be a string, not 1"),  # token ids, as OpenAI takes
         ({"prompt": "a\ud800"}, "prompt", "prompt holds half a surrogate pair (\\ud800 to \\udfff)"),
         ({"prompt": ["a", "\udfff"]}, "prompt[1]", "prompt[1] holds half a surrogate pair (\\ud800 to \\udfff)"),
     ],
@@ -168,7 +168,7 @@ def test_a_bad_prompt_is_refused_and_the_message_says_what_is_allowed(body, para
 
 @pytest.mark.parametrize("value", [0, -1, 1025, "5", True, False, 1.0, 1e400, 10**4000, [5], {"a": "\ud800" * 99}])
 def test_a_number_that_is_no_whole_one_in_range_is_refused(value):
-    shown = json.dumps(value)[:40]
+    shown = "a list of 1" if isinstance(value, list) else json.dumps(value)[:40]
     for name, most in (("max_tokens", 1024), ("num_crops", 16)):
         refused({"prompt": "a", name: value}, name, f"{name} must be a whole number from 1 to {most}, not {shown}")
 
@@ -201,7 +201,7 @@ def test_a_picture_that_is_no_strict_base64_is_refused(image):
     refused({"prompt": ["a", "b"], "images": [[], ["YQ==", image]]}, "images[1][1]", message)
 
 
-PICTURES = "must be a list of pictures (data: URLs or base64), not"
+PICTURES = "must be a list of at most 16 pictures (data: URLs or base64), not"
 LISTS = "images must be a list of 2 lists, one for each prompt, not"
 URL = "a data: URL must read data:image/…;base64,…"
 FETCH = "…: send a data: URL or base64"
@@ -210,21 +210,21 @@ FETCH = "…: send a data: URL or base64"
 @pytest.mark.parametrize(
     ("prompt", "images", "param", "message"),
     [
-        ("a", "YQ==", "images", f"images {PICTURES} a string"),
-        ("a", [["YQ=="]], "images[0]", "images[0] must be a data: URL or base64, not a list"),
+        ("a", "YQ==", "images", f'images {PICTURES} "YQ=="'),
+        ("a", [["YQ=="]], "images[0]", "images[0] must be a data: URL or base64, not a list of 1"),
         ("a", ["YQ==", None], "images[1]", "images[1] must be a data: URL or base64, not null"),
-        ("a", ["YQ=="] * 16 + [5], "images", "images has 17 pictures, at most 16 are allowed"),
+        ("a", ["YQ=="] * 16 + [5], "images", f"images {PICTURES} a list of 17"),
         ("a", ["data:image/png,YQ=="], "images[0]", URL),
         ("a", ["data:image/png;base64"], "images[0]", URL),
         ("a", ["data:image/svg+xml;utf8,<svg/>"], "images[0]", URL),
         ("a", ["http://127.0.0.1/a.png"], "images[0]", f"pictures are not fetched from http://1{FETCH}"),
         (["a", "b"], [[], ["FILE:///etc"]], "images[1][0]", f"pictures are not fetched from FILE:///{FETCH}"),
-        (["a", "b"], [["YQ=="]], "images", f"{LISTS} 1"),
-        (["a", "b"], [[], [], []], "images", f"{LISTS} 3"),
-        (["a", "b"], {}, "images", f"{LISTS} an object"),
-        (["a", "b"], ["YQ==", "YQ=="], "images[0]", f"images[0] {PICTURES} a string"),
+        (["a", "b"], [["YQ=="]], "images", f"{LISTS} a list of 1"),
+        (["a", "b"], [[], [], []], "images", f"{LISTS} a list of 3"),
+        (["a", "b"], {}, "images", f"{LISTS} {{}}"),
+        (["a", "b"], ["YQ==", "YQ=="], "images[0]", f'images[0] {PICTURES} "YQ=="'),
         (["a", "b"], [[], None], "images[1]", f"images[1] {PICTURES} null"),
-        (["a", "b"], [[], ["YQ=="] * 17], "images[1]", "images[1] has 17 pictures, at most 16 are allowed"),
+        (["a", "b"], [[], ["YQ=="] * 17], "images[1]", f"images[1] {PICTURES} a list of 17"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -281,8 +281,9 @@ def test_each_reply_has_an_id_of_its_own_and_the_present_time():
 
 def test_an_error_is_the_documented_one_with_type_and_param():
     error = {"code": "400", "message": "no", "type": "invalid_request_error", "param": "prompt[1]"}
-    assert protocol.error(400, "no", "invalid_request_error", "prompt[1]") == {"error": error}
-    assert protocol.error(400, "no", "invalid_request_error") == {"error": error | {"param": None}}
+    assert protocol.error(RequestError("no", "prompt[1]")) == {"error": error}
+    other = {"code": "429", "type": "rate_limit_error", "param": None}
+    assert protocol.error(RateLimited("no")) == {"error": error | other}
 
 
 def test_a_rendered_body_is_one_line_of_utf_8():
@@ -292,7 +293,7 @@ def test_a_rendered_body_is_one_line_of_utf_8():
 def test_a_message_that_repeats_half_a_surrogate_pair_can_still_be_sent():
     with pytest.raises(RequestError) as caught:
         protocol.parse_completion({"prompt": "a", "images": ["\ud800://a"]}, 1024)
-    sent = protocol.render(protocol.error(400, caught.value.message, "invalid_request_error", caught.value.param))
+    sent = protocol.render(protocol.error(caught.value))
     assert json.loads(sent)["error"]["message"] == "pictures are not fetched from ?://a…: send a data: URL or base64"
 
 
@@ -388,16 +389,16 @@ TYPES = "type must be one of text, image_url, input_image, not"
     ("body", "param", "message"),
     [
         ({}, "messages", "messages must be a list of 1 to 256, not null"),
-        ({"messages": []}, "messages", "messages must be a list of 1 to 256, not 0"),
-        ({"messages": [{}] * 257}, "messages", "messages must be a list of 1 to 256, not 257"),
-        ({"messages": ["a"]}, "messages[0]", "messages[0] must be an object, not a string"),
+        ({"messages": []}, "messages", "messages must be a list of 1 to 256, not a list of 0"),
+        ({"messages": [{}] * 257}, "messages", "messages must be a list of 1 to 256, not a list of 257"),
+        ({"messages": ["a"]}, "messages[0]", 'messages[0] must be an object, not "a"'),
         ({"messages": [{"content": "a"}]}, "messages[0].role", f"messages[0].role {ROLES} null"),
         ({"messages": [{"role": "bot"}]}, "messages[0].role", f'messages[0].role {ROLES} "bot"'),
-        ({"messages": [{"role": ["user"]}]}, "messages[0].role", f"messages[0].role {ROLES} a list"),
+        ({"messages": [{"role": ["user"]}]}, "messages[0].role", f"messages[0].role {ROLES} a list of 1"),
         (user(None), "messages[0].content", "messages[0].content must be a string or a list of parts, not null"),
-        (user([]), "messages[0].content", "messages[0].content must be a string or a list of parts, not a list"),
+        (user([]), "messages[0].content", "messages[0].content must be a string or a list of parts, not a list of 0"),
         (user("\ud800"), "messages[0].content", "messages[0].content holds half a surrogate pair (\\ud800 to \\udfff)"),
-        (user(["a"]), "messages[0].content[0]", "messages[0].content[0] must be an object, not a string"),
+        (user(["a"]), "messages[0].content[0]", 'messages[0].content[0] must be an object, not "a"'),
         (user([{}]), "messages[0].content[0].type", f"messages[0].content[0].{TYPES} null"),
         (
             user([TEXT, {"type": "audio"}]),
@@ -422,7 +423,7 @@ TYPES = "type must be one of text, image_url, input_image, not"
         ),
         (user([URL_PART] * 17), "messages", "messages has 17 pictures, at most 16 are allowed"),
         (user("a", max_tokens=0), "max_tokens", "max_tokens must be a whole number of at least 1, not 0"),
-        (user("a", logprobs=1), "logprobs", "logprobs must be true or false, not a number"),
+        (user("a", logprobs=1), "logprobs", "logprobs must be true or false, not 1"),
         (user("a", top_logprobs=5), "top_logprobs", "top_logprobs needs logprobs to be true"),
         (
             user("a", logprobs=True, top_logprobs=21),
@@ -705,7 +706,7 @@ def test_any_json_is_a_request_or_refused_in_one_line_that_can_be_sent(value):
             assert isinstance(request, Request) and 1 <= len(request.chats) <= 32
         except RequestError as error:
             assert error.status == 400 and "\n" not in error.message and len(error.message) < 400
-            assert json.loads(protocol.render(protocol.error(400, error.message, error.type, error.param)))
+            assert json.loads(protocol.render(protocol.error(error)))
 
 
 @settings(max_examples=500, deadline=None)
