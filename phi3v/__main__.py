@@ -31,6 +31,8 @@ UNITS = {"": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3, "M": 60, "H": 3600, "D
 COUNT = r"([1-9][0-9]{0,8})()", "a whole number of at least 1"
 SIZE = r"([0-9]{1,12})(?i:([KMG]B|))", "a size such as 500KB, 1MB, 4GB or 1048576"
 TIME = r"([1-9][0-9]{0,5})([mhd])", "a time such as 30m, 12h or 90d, nor 'never'"
+HOST = r"[a-z0-9._-]+|[0-9a-f:.]+", "a host's name or address, without a port"
+ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?", "an origin such as https://a.example, without a path"
 GRACE = TIME[0], "a time such as 30m or 24h"
 QUESTION = "What is shown in this image?"
 ENDS = signal.SIGINT, signal.SIGTERM
@@ -73,9 +75,11 @@ def serve(arguments: argparse.Namespace) -> None:
         raise SetupError("--host is empty: 127.0.0.1 is this machine only, 0.0.0.0 the whole network")
     names = "max_batch", "max_queue", "max_context", "cache_bytes", "idle_unload"
     limits = {name: getattr(arguments, name) for name in names}
+    signals: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
+    _catch(signals, signal.SIGHUP)  # also while a model loads, or it would end us
     with open_llm(arguments.model, **limits) as llm:  # first: what is no model must leave no files behind
         log_file = _start_log(arguments)
-        notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
+        notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host, *arguments.allowed_host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
         notices += _allow_descriptors(arguments.max_connections)
         both = arguments.host in ("127.0.0.1", "localhost")  # a client may try either for localhost
@@ -89,7 +93,7 @@ def serve(arguments: argparse.Namespace) -> None:
                 log.warning(notice)
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
             llm.wait()
-            signals = _catch_signals()
+            _catch(signals, *ENDS)
             _say_hello(arguments, llm, keys, log_file, server.server_address[1])
             _watch(arguments, server, llm, signals)
             print("phi3v: finishing the running requests; a second Ctrl-C ends at once", file=sys.stderr)
@@ -98,9 +102,8 @@ def serve(arguments: argparse.Namespace) -> None:
                 raise SetupError(f"the engine has failed, the reason is in {log_file or 'what is above'}")
 
 
-def _catch_signals() -> queue.SimpleQueue:
-    """A queue that gets SIGHUPs and the first SIGINT or SIGTERM; the second one has its ordinary effect."""
-    received: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
+def _catch(received: queue.SimpleQueue, *numbers: int) -> None:
+    """Put there whether a signal is to end us; after a first SIGINT or SIGTERM the second has its ordinary effect."""
     at_terminal = _has_terminal()
 
     def receive(number: int, _) -> None:
@@ -109,10 +112,9 @@ def _catch_signals() -> queue.SimpleQueue:
             signal.signal(each, signal.SIG_DFL)
         received.put(ends)
 
-    for number in (*ENDS, signal.SIGHUP):
-        if number in ENDS or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+    for number in numbers:
+        if number in ENDS or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, receive)
-    return received
 
 
 def _has_terminal() -> bool:
@@ -128,12 +130,14 @@ def _watch(arguments: argparse.Namespace, server, llm, signals: queue.SimpleQueu
     pair = Path(arguments.certfile), Path(arguments.keyfile)
     known = [_stamp(path) for path in pair]
     while llm.status != "failed":
+        asked = True
         try:
             if signals.get(timeout=WATCH):
                 return
         except queue.Empty:
-            if known == (known := [_stamp(path) for path in pair]):
-                continue
+            asked = False
+        if known == (known := [_stamp(path) for path in pair]) and not asked:
+            continue
         try:
             server.context = tls.server_context(*pair)
             log.warning("read the certificate %s anew, for new connections", pair[0])
@@ -155,7 +159,8 @@ def _allow_descriptors(connections: int) -> list[str]:
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if most > soft != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return [f"the system allows {most} open files, for {connections} connections {wanted} are needed"] * (most < wanted)
+    advice = f"lower --max-connections, or raise the system's {most} open files (ulimit -n)"
+    return [f"{connections} connections need {wanted} open files: {advice}"] * (most < wanted)
 
 
 def create(arguments: argparse.Namespace) -> None:
@@ -189,7 +194,8 @@ def rotate(arguments: argparse.Namespace) -> None:
     with closing(KeyStore(arguments.db, create=False)) as keys:
         key, secret = keys.rotate(_reference(arguments.key), arguments.grace)
     print(secret)
-    end = f"ends in {arguments.grace:,} s" if arguments.grace else "has ended"
+    end = time.strftime("ends on %Y-%m-%d at %H:%M", time.localtime(time.time() + arguments.grace))
+    end = end if arguments.grace else "has ended"
     print(f"phi3v: that is key {key.id} ({key.name}) now, shown only this once; the one before {end}", file=sys.stderr)
 
 
@@ -239,23 +245,23 @@ def _parser() -> argparse.ArgumentParser:
     level = _kind(r"(?!)", "debug, info, warning or error", debug=10, info=20, warning=30, error=40)
     sub = serve_ = command(serve, "serve", "serve the model over HTTPS")
     _option(sub, "--host", "127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
-    _option(sub, "--port", 8000, type=int)
-    _option(sub, "--allowed-host", "", type=_names, help="further names that clients may call it by, with commas")
+    _option(sub, "--port", 8000, type=int, help="0 for any that is free")
+    _option(sub, "--allowed-host", "", type=_names(*HOST), help="further names clients call it by, with commas")
     text = "web origins whose pages may use it, such as https://a.example"
-    _option(sub, "--allow-origin", "", type=_names, dest="origins", help=text)
+    _option(sub, "--allow-origin", "", type=_names(*ORIGIN), dest="origins", help=text)
     _option(sub, "--certfile", "server.crt", help="made on the first run if it is not there")
-    _option(sub, "--keyfile", "server.key")
-    _option(sub, "--log-file", "server.log")
+    _option(sub, "--keyfile", "server.key", help="its private key")
+    _option(sub, "--log-file", "server.log", help="a line for each request; 60 MB at most")
     _option(sub, "--log-level", "info", type=level, help="debug, info, warning or error")
     _option(sub, "--max-content-length", "1MB", type=size, help="largest body, such as 500KB or 1MB")
     _option(sub, "--max-chat-content-length", "20MB", type=size, help="the same, of the chat route")
     _option(sub, "--max-connections", 1024, type=count, help="the most clients at once; others are turned away")
-    _option(sub, "--max-tokens", 1024, type=count, help="the most that a request may ask for")
+    _option(sub, "--max-tokens", 1024, type=count, help="the most tokens of an answer that may be asked for")
     _option(sub, "--max-batch", "auto", type=auto_count, help="the most sequences that run at once")
-    _option(sub, "--max-queue", 256, type=count, help="the most that run or wait")
+    _option(sub, "--max-queue", 256, type=count, help="the most sequences that run or wait, 64 or more")
     _option(sub, "--max-context", "auto", type=auto_count, help="the most tokens of prompt and answer")
     _option(sub, "--cache-bytes", "auto", type=auto_size, help="memory to keep read prompts and pictures in")
-    _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work")
+    _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work, as 10m")
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
     sub = create_ = command(create, "create", "create an API key and print it, once")
     sub.add_argument("--name", required=True)
@@ -264,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = list_ = command(list_keys, "list", "show the keys, their limits and their use; never a key itself")
     sub.add_argument("--json", action="store_true")
     sub = update_ = command(update, "update", "change a key's limit, name or end")
-    sub.add_argument("--rate-limit", type=count)
+    sub.add_argument("--rate-limit", type=count, help="requests per minute")
     sub.add_argument("--name")
     sub.add_argument("--expires", type=duration, help="from now on, such as 90d; or never")
     sub = rotate_ = command(rotate, "rotate", "give a key a new secret and print it, once; all else stays")
@@ -286,10 +292,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _option(parser: argparse.ArgumentParser, flag: str, default: str | int, help: str = "", **kwargs) -> None:
+def _option(parser: argparse.ArgumentParser, flag: str, default: str | int, help: str, **kwargs) -> None:
     """An option whose default the environment may set: --log-file reads PHI3V_LOG_FILE."""
     variable = "PHI3V_" + flag.strip("-").upper().replace("-", "_")
-    text = f"{help} ({default}; {variable})".strip()
+    text = f"{help} ({default or 'none'}; {variable})"
     parser.add_argument(flag, default=os.environ.get(variable) or default, help=text, **kwargs)
 
 
@@ -305,8 +311,17 @@ def _kind(pattern: str, what: str, **words):
     return kind
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip().lower() for name in text.split(",") if name.strip()]
+def _names(pattern: str, what: str):
+    """What argparse makes of names with commas between."""
+
+    def kind(text: str) -> list[str]:
+        names = [name.strip().lower() for name in text.split(",") if name.strip()]
+        for name in names:
+            if not re.fullmatch(pattern, name):
+                raise argparse.ArgumentTypeError(f"{name!r} is not {what}")
+        return names
+
+    return kind
 
 
 def _end(seconds: int | None) -> float | None:

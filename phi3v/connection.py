@@ -34,6 +34,7 @@ class Connection:
         raw.settimeout(_left(end))
         self._socket = raw if self._plain else context.wrap_socket(raw, server_side=True)
         self._data, self._used = b"", False  # what came and was not read yet; whether there was a request before
+        self._hung_up = False
 
     def head(self) -> Head | None:
         """The next request's head; None when the client has closed or was idle for too long."""
@@ -94,6 +95,8 @@ class Connection:
 
     def gone(self) -> bool:
         """Whether the client has closed its side: then nobody waits for the answer."""
+        if self._hung_up:  # which looks the same
+            return False
         if hasattr(select, "POLLRDHUP"):
             poll = select.poll()
             poll.register(self._socket, select.POLLRDHUP)
@@ -108,6 +111,7 @@ class Connection:
 
     def hang_up(self) -> None:
         """Take no more requests; for any thread: TLS is not touched."""
+        self._hung_up = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RD)
 

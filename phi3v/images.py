@@ -233,6 +233,6 @@ def _check_size(width: int, height: int, most: int) -> None:
     if not (1 <= min(width, height) and max(width, height) <= MAX_SIDE):
         raise RequestError(f"a picture's sides may have 1 to {MAX_SIDE} pixels, not {width}×{height}")
     if width * height > most:
-        raise RequestError(f"the picture has {width * height / 1e6:.0f} megapixels, at most {most / 1e6:.0f} may be")
+        raise RequestError(f"the picture has {width * height:,} pixels, at most {most:,} may be")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RequestError(f"a picture may be {MAX_ASPECT} times as long as wide, not {width}×{height}")

@@ -18,7 +18,7 @@ import numpy as np
 from . import __version__, images, model
 from .cache import shared_length
 from .engine import Engine
-from .errors import RequestError, SetupError, Unavailable, check_text
+from .errors import RequestError, SetupError, check_text
 from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Parts, Tokenizer
@@ -104,7 +104,7 @@ class LLM(AbstractContextManager):
         ]
         pixels = sum(header.pixels for headers in opened for header in headers)
         if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
-            message = f"the pictures have {pixels / 1e6:.0f} megapixels in all, at most 64 may be"
+            message = f"the pictures have {pixels:,} pixels in all, at most {images.MAX_JPEG_PIXELS:,} may be"
             raise RequestError(message, "messages" if request.clamp else "images")
         for chat, pictures in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
@@ -119,11 +119,8 @@ class LLM(AbstractContextManager):
             for branch in range(params.n):
                 prompts.append(Prompt(ids, pictures, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
-        try:
-            for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
-                headers[:] = [header.crops() for header in headers]
-        except MemoryError:
-            raise Unavailable("there is not enough memory for these pictures now") from None
+        for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
+            headers[:] = [header.crops() for header in headers]
         generation = self._engine.submit(prompts, patience)
         chosen = params.choices and _chosen(generation, counts, params.choices)
         pieces = chosen or _pieces(generation, [len(p.ids) for p in prompts], decoders)
@@ -133,25 +130,27 @@ class LLM(AbstractContextManager):
         """Free the model; requests that still run fail."""
         self._engine.close()
 
-    def _encode(self, parts: Parts, crops: list[images.Header], request: Request) -> list[int]:
+    def _encode(self, parts: Parts, pictures: list[images.Header], request: Request) -> list[int]:
         try:
-            return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
+            return self.tokenizer.encode(parts, [p.tokens for p in pictures], self._context())
         except RequestError as error:
             raise RequestError(error.message, "messages" if request.clamp else error.param) from None
 
-    def _choices(self, parts: Parts, crops: list, request: Request, owner: str) -> tuple[list[Prompt], int]:
+    def _choices(
+        self, parts: Parts, pictures: list[images.Header], request: Request, owner: str
+    ) -> tuple[list[Prompt], int]:
         """A prompt for each choice, its targets what it adds to what all share, and the end; and the tokens without."""
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)
-        ids, ends = self._encode(parts[: turn + 1], crops, request), []
-        length = len(ids) + len(self._encode(parts[turn:], crops, request)[2:])
+        ids, ends = self._encode(parts[: turn + 1], pictures, request), []
+        length = len(ids) + len(self._encode(parts[turn:], pictures, request)[2:])
         for choice in request.params.choices:  # only the last turn is encoded again, since a choice may go on in it
-            ends.append(self._encode([*parts[turn:], choice], crops, request)[2:])
+            ends.append(self._encode([*parts[turn:], choice], pictures, request)[2:])
             self._room(len(ids) + len(ends[-1]), request)
         if len(set(map(tuple, ends))) < len(ends):
             raise RequestError("two of the choices are the same tokens: they differ in leading space only", "choices")
         shared = min(shared_length(np.array(ends[0]), np.array(end)) for end in ends)
         last, rest = self.tokenizer.special["<|end|>"], {"owner": owner, "params": request.params}
-        return [Prompt(ids + end, crops, 1, targets=(*end[shared:], last), **rest) for end in ends], length
+        return [Prompt(ids + end, pictures, 1, targets=(*end[shared:], last), **rest) for end in ends], length
 
     def _context(self) -> int:
         """The most tokens of a prompt and its answer: what the model takes, and this machine's memory."""

@@ -13,6 +13,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HELP = {
     "requests_total": "Requests answered, by route and HTTP status.",
     "refusals_total": "Requests refused or broken off, by type of error.",
+    "turned_away_total": "Connections that were one too many.",
     "prompt_tokens_total": "Tokens of the prompts that were answered.",
     "completion_tokens_total": "Tokens made.",
     "cached_tokens_total": "Tokens of prompts that were not read again.",

@@ -4,7 +4,6 @@ Knows nothing of MLX or sqlite: the model and the keys are handed in. One thread
 its TLS handshake, so that a silent client holds up nobody else.
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -32,13 +31,15 @@ STOP_SECONDS = 30  # how long running requests may go on after the server was to
 BACKLOG = 1024  # with socketserver's 5, a burst of connections waits for retransmissions
 BREATH = 0.1  # seconds between two tries to accept while the system has no descriptors left
 PATIENCE = 0.05  # seconds without a token after which is looked whether the client is still there
+QUIET = 60  # seconds between two lines about connections that are turned away: a flood must not fill the log
 KEEP_ALIVE = 10  # seconds of silence in a stream after which a comment keeps proxies from closing it
 HSTS = "max-age=31536000"  # a year, as browsers' own lists ask
 STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 CORS = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key, X-Request-Id",
-    "Access-Control-Expose-Headers": "X-Request-Id, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset",
+    "Access-Control-Expose-Headers": "X-Request-Id, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, "
+    "Retry-After, Retry-After-Ms",
     "Access-Control-Max-Age": "600",
     "Vary": "Origin",
 }
@@ -67,6 +68,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.context, self.llm, self.keys = context, llm, keys
         self.started, self.metrics, self.stopping = int(time.time()), Metrics(), False
         self.handlers: dict[socket.socket, Handler | None] = {}  # by accepted socket; None during the handshake
+        self._quiet_until = 0.0
         self._left = threading.Condition()  # notified when there is one less
         self._selector = selectors.DefaultSelector()
         for host, port in addresses:
@@ -83,7 +85,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
             if self._selector.get_map() and number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 return  # a machine without IPv6: its localhost is the first address only
             self.server_close()
-            reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+            reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or "a port is 0 to 65535"
+            reason += "; is phi3v running already? --port takes another" * (number == errno.EADDRINUSE)
             raise errors.SetupError(f"cannot listen on {host} port {port}: {reason}") from None
         listener.setblocking(False)
         if not self._selector.get_map():
@@ -107,7 +110,12 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """Take a connection unless there are too many; one more thread to tell it so would be one more."""
         if len(self.handlers) < self.max_connections:
             self.handlers[request] = None
-        return request in self.handlers
+            return True
+        self.metrics.add("turned_away_total")
+        if time.monotonic() > self._quiet_until:
+            self._quiet_until = time.monotonic() + QUIET
+            log.warning("all %d connections are taken, others are turned away", self.max_connections)
+        return False
 
     def finish_request(self, request: socket.socket, client_address) -> None:
         """Handshake and requests of one connection, on its own thread."""
@@ -139,8 +147,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
             for handler in filter(None, list(self.handlers.values())):
                 if not handler.busy:
                     handler.connection.hang_up()
-            self._left.wait_for(lambda: not any(h and h.busy for h in list(self.handlers.values())), STOP_SECONDS)
+            idle = lambda: not any(h and h.busy for h in list(self.handlers.values()))  # noqa: E731
+            self._left.wait_for(idle, STOP_SECONDS)
             self._left.wait_for(lambda: not any(list(self.handlers.values())), 1)  # their farewells
+            self._left.wait_for(idle, STOP_SECONDS)  # who had read a head, and looked idle
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -208,7 +218,8 @@ class Handler(BaseHTTPRequestHandler):
             raise errors.MethodNotAllowed(f"{head.path} takes {method}, not {head.method}", headers={"Allow": method})
         most = self.server.max_chat_content_length if "chat" in route else self.server.max_content_length
         if (head.length or 0) > most:
-            raise errors.TooLarge(f"the body has {head.length:,} bytes, at most {most:,} are allowed")
+            hint = "" if "chat" in route else f"; {CHAT} takes {self.server.max_chat_content_length:,}"
+            raise errors.TooLarge(f"the body has {head.length:,} bytes, at most {most:,} are allowed{hint}")
         answer(self)
 
     def health(self) -> None:
@@ -290,8 +301,7 @@ class Handler(BaseHTTPRequestHandler):
         self._facts |= counts
         for name, count in counts.items():
             self.server.metrics.add(f"{name}_total", count)
-        with contextlib.suppress(errors.RequestError):  # logged by the store; the answer is not worth less for it
-            self.server.keys.record(self._key, *(counts.get(f"{of}_tokens", 0) for of in ("prompt", "completion")))
+        self.server.keys.record(self._key, *(counts.get(f"{of}_tokens", 0) for of in ("prompt", "completion")))
 
     def _authorize(self, counted: bool = False) -> None:
         fields = self._head.fields
@@ -325,6 +335,8 @@ class Handler(BaseHTTPRequestHandler):
         """What a client is told of an error: its own in full, of ours only where to look."""
         if isinstance(error, ConnectionError):
             raise error
+        if isinstance(error, MemoryError):
+            error = errors.Unavailable("there is not enough memory for this request now")
         if not isinstance(error, errors.RequestError):
             log.exception("request %s failed", self._request_id)
             error = errors.Internal(f"internal error; the server's log has it under request {self._request_id}")

@@ -301,7 +301,7 @@ def test_a_changed_certificate_is_taken_without_a_restart_and_one_without_its_ke
     assert eventually(lambda: "the certificate in use stays" in log.read_text())
     assert fingerprint_on(running.port) == shown
     put("server.key", pairs[0][1])
-    assert eventually(lambda: fingerprint_on(running.port) not in shown)
+    assert eventually(lambda: fingerprint_on(running.port) != shown)
     assert status(running, running.key) == 200  # and it verifies
     for name, content in zip(("server.crt", "server.key"), pairs[1], strict=True):
         put(name, content)
@@ -311,19 +311,24 @@ def test_a_changed_certificate_is_taken_without_a_restart_and_one_without_its_ke
     assert running.stop() == 0
 
 
-def test_a_second_signal_ends_at_once_and_the_first_answers_what_runs(tmp_path):
-    running = Running(tmp_path)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_first_signal_lets_what_runs_be_answered_and_a_second_ends_at_once(tmp_path, again):
+    running, body = Running(tmp_path), b'{"prompt": "What is 3 + 4?"}'
     context = ssl.create_default_context(cafile=tmp_path / "server.crt")
     with socket.create_connection(("127.0.0.1", running.port)) as raw:
         with context.wrap_socket(raw, server_hostname="localhost") as tls:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {running.key}\r\n"
-            head += "Content-Type: application/json\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+            head += "Content-Type: application/json\r\nContent-Length: 28\r\nExpect: 100-continue\r\n\r\n"
             tls.sendall(head.encode())
             assert tls.recv(100).startswith(b"HTTP/1.1 100 ")  # it is being answered now
             running.process.send_signal(signal.SIGTERM)
             assert eventually(lambda: refused(running.port))
-            running.process.send_signal(signal.SIGINT)
-            assert running.process.wait(5) == -signal.SIGINT
+            if again:
+                running.process.send_signal(signal.SIGINT)
+            else:
+                tls.sendall(body)
+                assert b"3 + 4 = 7." in tls.recv(2000)
+            assert running.process.wait(10) == (-signal.SIGINT if again else 0)
     running.stop()
 
 
@@ -339,6 +344,25 @@ def breaks(engine):
 Engine._turn = breaks
 sys.exit(main())
 """
+
+
+HANGING_UP = """
+import os, signal, sys
+from phi3v import model
+from phi3v.__main__ import main
+load = model.load
+def loads(*arguments):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return load(*arguments)
+model.load = loads
+sys.exit(main())
+"""
+
+
+def test_a_sighup_while_the_model_loads_does_not_end_the_server(tmp_path):
+    running = Running(tmp_path, "-c", HANGING_UP)
+    assert status(running, running.key) == 200
+    assert running.stop() == 0
 
 
 def test_a_server_whose_engine_has_died_says_so_and_exits_with_1(tmp_path):

@@ -145,12 +145,12 @@ REFUSED = {
     "a wrong checksum": (SMALL.replace(b"IDATx\x9c", b"IDATx\x9d"), "damaged or cut off"),
     "a strip": (encoded(Image.new("L", (1020, 20)), "PNG"), "50 times"),
     "a long side": (encoded(Image.new("1", (16385, 400)), "PNG"), "16384"),
-    "a bomb": (encoded(Image.new("1", (13300, 13300)), "PNG"), "177 megapixels, at most 16"),
+    "a bomb": (encoded(Image.new("1", (13300, 13300)), "PNG"), "176,890,000 pixels, at most 16,000,000"),
     "a bigger bomb": (encoded(Image.new("1", (16000, 16000)), "PNG"), "far over 64 megapixels"),
     "a broken TIFF": (LZW[:20] + b"\xff" * 200 + LZW[220:], "damaged or cut off"),
     "a float TIFF": (encoded(Image.new("F", (9, 9), 0.5), "TIFF"), "32 bits a channel"),
-    "a big PNG": (encoded(Image.new("1", (4001, 4000)), "PNG"), "16 megapixels, at most 16"),
-    "a big JPEG": (encoded(Image.new("L", (8001, 8000)), "JPEG"), "64 megapixels, at most 64"),
+    "a big PNG": (encoded(Image.new("1", (4001, 4000)), "PNG"), "16,004,000 pixels, at most 16,000,000"),
+    "a big JPEG": (encoded(Image.new("L", (8001, 8000)), "JPEG"), "64,008,000 pixels, at most 64,000,000"),
 }
 
 
@@ -167,7 +167,7 @@ def test_what_cannot_or_must_not_be_read_is_refused(name):
 def test_a_picture_is_not_decoded_before_its_size_is_known(monkeypatch):
     allowed = SMALL, encoded(Image.new("RGB", (6000, 4000)), "JPEG"), *pictures.originals()
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(RequestError, match="megapixels"):
+    with pytest.raises(RequestError, match="pixels, at most"):
         load(REFUSED["a big PNG"][0])
     for data in allowed:
         assert images.Header(data, 4).tokens > 0

@@ -60,7 +60,7 @@ LENGTHS[-1] *= 16
 CHUNKED = {"Transfer_Encoding": "chunked", "Content_Length": None}
 UNKNOWN = "the API key is unknown, expired or deleted; `phi3v list` shows the keys there are"
 MISSING = "the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY"
-LARGE = "the body has 1,230,000 bytes, at most 1,048,576 are allowed"
+LARGE = "the body has 1,230,000 bytes, at most 1,048,576 are allowed; /v1/chat/completions takes 20,971,520"
 TYPES = [None, "", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json"]
 REFUSED = [
     *((400, NO_LENGTH, {"Content_Length": length}) for length in LENGTHS),
@@ -426,12 +426,9 @@ def test_curl_gets_an_answer_as_documented_and_reads_refusals(site, pair, tmp_pa
     assert curl("-k", *key, *prompt, "-H", "Transfer-Encoding: chunked")[0] == 411
 
 
-def test_usage_that_cannot_be_written_does_not_cost_the_answer(site, monkeypatch):
-    def full(*_):
-        raise Unavailable("the disk is full")
-
-    monkeypatch.setattr(site.keys, "record", full)
-    assert site.post().status == 200
+def test_a_request_for_which_there_is_no_memory_is_503(site):
+    site.llm.refuses = MemoryError("of 12345678 bytes")
+    assert site.post().refusal(503) == "there is not enough memory for this request now; try again in 5 s"
 
 
 def test_a_key_that_was_put_into_the_path_is_not_logged(site):

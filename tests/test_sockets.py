@@ -49,13 +49,14 @@ def wire(request, pair, tmp_path_factory):
             patch.setattr(tls, "server_context", lambda *_: NoTLS())
         site = Site(pair, tmp_path_factory.mktemp("wire"), lambda: 0.0)
     log = logging.getLogger("phi3v")
-    level, log.level = log.level, logging.INFO
+    level = log.level
+    log.setLevel(logging.INFO)
     log.addHandler(site.log)
     site.secure = request.param == "TLS"
     yield site
     left = site.close()
     log.removeHandler(site.log)
-    log.level = level
+    log.setLevel(level)
     assert {record.levelno for record in left} == {logging.INFO} and site.llm.requests == []
     line = r'request=[0-9a-z]+ client=127.0.0.1 (method=[A-Z]+ )?path="[!-~]*" status=\d+ ms=\d+'  # and nothing else
     assert [record.getMessage() for record in left if not re.fullmatch(line, record.getMessage())] == []
