@@ -85,7 +85,7 @@ def test_raw_responses_show_the_limit_and_the_id_that_the_client_gave(client):
         ({"logit_bias": {"1": 5}}, "logit_bias", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "not supported"),
         ({"n": 9}, "n", "from 1 to 8"),
-        ({"messages": []}, "messages", "1 to 256, not 0"),
+        ({"messages": []}, "messages", "1 to 256, not a list of 0"),
         ({"messages": [{"role": "user", "content": [PARTS[0], {"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
          "messages[0].content[1]", "not fetched"),
     ],
