@@ -2,10 +2,11 @@
 
 Knows nothing of routes, keys or JSON. A deadline is for the whole of something, not for each of its bytes: who sends
 or reads a byte now and then is cut off like one who is silent. Only the connection's own thread touches it, but for
-`hang_up`. Raises ConnectionError when there is nobody to answer, RequestError when there is.
+`hang_up` and `cut`. Raises ConnectionError when there is nobody to answer, RequestError when there is.
 """
 
 import contextlib
+import math
 import select
 import socket
 import ssl
@@ -31,10 +32,10 @@ class Connection:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         raw.settimeout(HANDSHAKE)
         self._plain = raw.recv(1, socket.MSG_PEEK) not in (b"", b"\x16")  # 0x16: a TLS handshake record
-        raw.settimeout(_left(end))
+        raw.settimeout(max(end - time.monotonic(), 0.001))
         self._socket = raw if self._plain else context.wrap_socket(raw, server_side=True)
         self._data, self._used = b"", False  # what came and was not read yet; whether there was a request before
-        self._hung_up = False
+        self._hung_up, self.until = False, math.inf  # until: when what it waits for is over, for `cut`
 
     def head(self) -> Head | None:
         """The next request's head; None when the client has closed or was idle for too long."""
@@ -44,8 +45,7 @@ class Connection:
         found = parse(self._data)
         while not found:
             try:
-                self._socket.settimeout(_left(end))
-                more = self._socket.recv(READ)
+                more = self._until(end).recv(READ)
                 if self._data and not more:
                     raise RequestError("the connection ended within the head")
             except TimeoutError:
@@ -62,25 +62,24 @@ class Connection:
             # A line that comes byte by byte is looked at when it is whole or too long: each look costs.
             if b"\n" in more or b"\n" not in self._data[2:] or len(self._data) >= MAX_HEAD:
                 found = parse(self._data)
-        self._data, self._used = self._data[found.size :], True
+        self._data, self._used, self.until = self._data[found.size :], True, math.inf
         return found
 
     def body(self, length: int) -> bytearray:
         """The next `length` bytes; TooSlow, or RequestError when the client sends less."""
-        body, end = bytearray(length), time.monotonic() + BODY + length / BODY_RATE
-        got = min(length, len(self._data))
-        body[:got], self._data = self._data[:got], self._data[got:]
+        end = time.monotonic() + BODY
+        body, self._data = bytearray(self._data[:length]), self._data[length:]
         try:
-            while got < length:
-                self._socket.settimeout(_left(end))
-                more = self._socket.recv_into(memoryview(body)[got:])
+            while (got := len(body)) < length:  # it takes memory, and has time, for what has come and not for what may
+                more = self._until(end + got / BODY_RATE).recv(min(READ, length - got))
                 if not more:
                     raise RequestError(f"the body ended after {got:,} of {length:,} bytes")
-                got += more
+                body += more
         except TimeoutError:
             raise TooSlow(f"of the body {got:,} of {length:,} bytes arrived in time") from None
         except OSError as error:
             raise ConnectionAbortedError("the connection broke within the body") from error
+        self.until = math.inf
         return body
 
     def send(self, data: bytes) -> None:
@@ -88,10 +87,10 @@ class Connection:
         end, view = time.monotonic() + WRITE, memoryview(data)
         try:
             while view:
-                self._socket.settimeout(_left(end))
-                view = view[self._socket.send(view) :]
+                view = view[self._until(end).send(view) :]
         except OSError as error:  # a time-out too: it reads too slowly
             raise ConnectionAbortedError("the client does not read") from error
+        self.until = math.inf
 
     def gone(self) -> bool:
         """Whether the client has closed its side: then nobody waits for the answer."""
@@ -115,23 +114,30 @@ class Connection:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RD)
 
+    def cut(self) -> None:
+        """End what is over since a second; for any thread. OpenSSL reads records without data as long as they come."""
+        if time.monotonic() > self.until + 1:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
     def close(self) -> None:
         """End in order, with TLS's close_notify, and read away what the client still sends: a close before would reset
         the connection, and the last answer could be lost with it."""
         end, left, plain = time.monotonic() + LINGER, MAX_LINGER, socket.socket
-        self._socket.settimeout(0)
+        self._until(end).settimeout(0)
         with contextlib.suppress(OSError, ValueError):  # says that it does not wait for the client's own
             if not self._plain:
                 self._socket.unwrap()
         with contextlib.suppress(OSError):
             plain.shutdown(self._socket, socket.SHUT_WR)
             while left > 0 and time.monotonic() < end:
-                self._socket.settimeout(_left(end))
-                more = len(plain.recv(self._socket, 65536))  # not to be decrypted any more
+                more = len(plain.recv(self._until(end), 65536))  # not to be decrypted any more
                 end += more / LINGER_RATE
                 left -= more or left
         self._socket.close()
 
-
-def _left(end: float) -> float:
-    return max(end - time.monotonic(), 0.001)  # 0 would mean: do not wait
+    def _until(self, end: float) -> socket.socket:
+        """The socket, which waits no longer."""
+        self.until = end
+        self._socket.settimeout(max(end - time.monotonic(), 0.001))  # 0 would mean: do not wait
+        return self._socket

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from . import sampling, sequences
 from .cache import Cache, shared_length
 from .errors import RequestError, SetupError, Unavailable
-from .images import Crops
+from .images import TOKENS, Crops
 from .language import KVCache, Part
 from .model import Phi3V
 from .sequences import Batch, Generation, Prompt, Sequence
@@ -35,6 +35,7 @@ MAX_LOOKED_AT = 32  # waiting prompts of which one may begin: more cost time in 
 # Tokens of prompts read per pass: what running sequences, and who comes later, may have to wait for. An H200
 # reads 1,024 in 20 ms, and a pass has costs of its own there; the second number is for when nobody runs.
 PIECE, ALONE = (1024, 2048) if mx.cuda.is_available() else (512, 512)
+MAX_CROPS = 800  # that were decoded and wait, of 1.35 MB each: a request may have 544
 CROPS = 17  # of pictures looked at per pass: about as much work as a piece
 SHARE, SHARE_OF_GPU = 0.6, 0.85  # of a machine's memory, or a GPU's own, for weights, KV caches and kept prefixes
 KEPT = 0.25  # of what the weights leave of that for kept prefixes and features
@@ -114,9 +115,9 @@ class Engine:
         if self._failure:
             raise self._failure
 
-    def submit(self, prompts: list[Prompt], patience: float | None = None) -> Generation:
-        """Queue prompts of one owner that start together; raises Unavailable when the engine cannot take them."""
-        queue, context, generation = self.limits["queue"], self.limits["context"], Generation(len(prompts), patience)
+    def check(self, prompts: list[Prompt]) -> None:
+        """Raise what `submit` would: RequestError for what never fits, Unavailable for what does not now."""
+        queue, context = self.limits["queue"], self.limits["context"]
         owner, most = prompts[0].owner, queue // 2 if prompts[0].owner else queue
         if len(prompts) > most:
             given = f"{len(prompts)} sequences (prompts × n or choices)"
@@ -125,7 +126,6 @@ class Engine:
             if not p.ids or len(p.ids) + p.max_tokens > (context or math.inf):
                 given = f"{len(p.ids)} tokens with an answer of {p.max_tokens}"
                 raise RequestError(f"a prompt has 1 token or more, with its answer {context}, not {given}", "prompt")
-        arrived = [Sequence(p, i, generation) for i, p in enumerate(prompts)]
         with self._changed:
             if self.status not in ("ok", "idle"):
                 raise Unavailable(f"the model is {self.status}")
@@ -133,6 +133,17 @@ class Engine:
                 raise Unavailable(f"the queue is full: {len(self._alive)} of {queue} sequences run or wait")
             if (mine := sum(s.prompt.owner == owner for s in self._alive)) + len(prompts) > most:
                 raise Unavailable(f"this key has {mine} of its {most} places in the queue")
+            held = {id(c): len(c.pixels) for s in self._alive for c in s.images if c.pixels is not None}
+            more = {id(c): c.tokens // TOKENS for p in prompts for c in p.images}
+            if owner and held and sum(held.values()) + sum(more.values()) > MAX_CROPS:
+                raise Unavailable(f"{sum(held.values())} crops of pictures wait to be looked at, {MAX_CROPS} may be")
+
+    def submit(self, prompts: list[Prompt], patience: float | None = None) -> Generation:
+        """Queue prompts of one owner that start together."""
+        generation = Generation(len(prompts), patience)
+        arrived = [Sequence(p, i, generation) for i, p in enumerate(prompts)]
+        with self._changed:
+            self.check(prompts)
             self._alive.update(arrived)
             self._arrived += arrived
             self._changed.notify()

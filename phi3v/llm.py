@@ -6,9 +6,10 @@ Knows nothing of HTTP or JSON. Pictures are decoded and tokens become text on th
 import json
 import logging
 import re
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -25,6 +26,7 @@ from .tokenizer import Decoder, Parts, Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 
+PLACES = 2  # requests whose pictures are decoded at once
 log = logging.getLogger("phi3v")
 
 
@@ -46,6 +48,9 @@ class LLM(AbstractContextManager):
         self._end_ids = self.tokenizer.end_ids | ends
         self._folder, self._engine = folder, Engine(partial(model.load, folder, self.config), **limits)
         self.stats = self._engine.stats
+        self._moved = threading.Condition()  # guards these two: the owners of what is decoded, and of what is to be
+        self._decoding: list[str] = []
+        self._wanting: list[str] = []
         self.limits = self._engine.limits  # what runs at once, waits, fits and is kept; complete once it is loaded
 
     def __exit__(self, *_) -> None:
@@ -92,10 +97,13 @@ class LLM(AbstractContextManager):
             chats.append(question(text, [Picture(source, f"{where}[{k}]") for k, source in enumerate(sources)]))
         return self.answer(Request(chats, SamplingParams(**params)))
 
-    def answer(self, request: Request, owner: str = "", patience: float | None = None) -> "Deltas":
+    def answer(
+        self, request: Request, owner: str = "", patience: float | None = None, check: Callable[[], None] = bool
+    ) -> "Deltas":
         """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them.
 
         What is kept is the owner's own. With `patience`, so many seconds of silence, or a token unseen, are a None.
+        `check` is called now and then until it returns, and may raise when nobody wants the answer any more.
         """
         params, prompts, decoders, counts = request.params, [], [], []
         num_crops = params.num_crops or self._num_crops
@@ -109,7 +117,7 @@ class LLM(AbstractContextManager):
         for chat, pictures in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
-                mine, length = self._choices(parts, pictures, request, owner)
+                mine, length = self._choices(parts, pictures, request, owner, check)
                 prompts += mine
                 counts += [(length, len(p.ids) - length) for p in mine]
                 continue
@@ -119,9 +127,13 @@ class LLM(AbstractContextManager):
             for branch in range(params.n):
                 prompts.append(Prompt(ids, pictures, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
-        for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
-            headers[:] = [header.crops() for header in headers]
-        generation = self._engine.submit(prompts, patience)
+        self._engine.check(prompts)
+        with self._place_to_decode(owner, check) if pixels else nullcontext():
+            for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
+                for k, header in enumerate(headers):
+                    check()
+                    headers[k] = header.crops()
+            generation = self._engine.submit(prompts, patience)
         chosen = params.choices and _chosen(generation, counts, params.choices)
         pieces = chosen or _pieces(generation, [len(p.ids) for p in prompts], decoders)
         return Deltas(generation, filter(None, pieces) if patience is None else pieces)
@@ -130,6 +142,25 @@ class LLM(AbstractContextManager):
         """Free the model; requests that still run fail."""
         self._engine.close()
 
+    @contextmanager
+    def _place_to_decode(self, owner: str, check: Callable[[], None]) -> Iterator[None]:
+        """One of PLACES, since what is decoded takes much memory; an owner who has one lets others go first."""
+        with self._moved:
+            self._wanting.append(owner)
+            try:
+                while len(self._decoding) >= PLACES or (owner in self._decoding and {*self._wanting} != {owner}):
+                    self._moved.wait(0.05)
+                    check()
+                self._decoding.append(owner)
+            finally:
+                self._wanting.remove(owner)
+        try:
+            yield
+        finally:
+            with self._moved:
+                self._decoding.remove(owner)
+                self._moved.notify_all()
+
     def _encode(self, parts: Parts, pictures: list[images.Header], request: Request) -> list[int]:
         try:
             return self.tokenizer.encode(parts, [p.tokens for p in pictures], self._context())
@@ -137,13 +168,15 @@ class LLM(AbstractContextManager):
             raise RequestError(error.message, "messages" if request.clamp else error.param) from None
 
     def _choices(
-        self, parts: Parts, pictures: list[images.Header], request: Request, owner: str
+        self, parts: Parts, pictures: list[images.Header], request: Request, owner: str, check: Callable
     ) -> tuple[list[Prompt], int]:
         """A prompt for each choice, its targets what it adds to what all share, and the end; and the tokens without."""
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)
         ids, ends = self._encode(parts[: turn + 1], pictures, request), []
         length = len(ids) + len(self._encode(parts[turn:], pictures, request)[2:])
-        for choice in request.params.choices:  # only the last turn is encoded again, since a choice may go on in it
+        for choice in request.params.choices:
+            check()
+            # Only the last turn is encoded again, since a choice may go on in it.
             ends.append(self._encode([*parts[turn:], choice], pictures, request)[2:])
             self._room(len(ids) + len(ends[-1]), request)
         if len(set(map(tuple, ends))) < len(ends):

@@ -20,6 +20,7 @@ MAX_IMAGES = 16  # pictures of one prompt; at 2,509 tokens each they fill a thir
 MAX_PICTURES = 32  # of one request: each is up to 23 MB of crops until its turn comes
 MAX_DEPTH = 32  # of the JSON; ours needs 6
 MAX_MARKS = 500_000  # brackets, commas and colons: twenty megabytes of them would hold up everybody for a second
+MAX_DIGITS = 400  # of a number: the longest float has 309 before its point, and long ones cost their square
 ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant"}
 # Fields that would change the answer and are not there: what they may hold because it changes nothing.
 UNSUPPORTED = {
@@ -44,14 +45,14 @@ def parse_json(raw: bytes) -> dict:
     if sum(map(raw.count, (b"{", b"[", b",", b":"))) > MAX_MARKS:
         raise RequestError(f"the body has over {MAX_MARKS:,} brackets, commas and colons")
     try:
-        body = json.loads(raw.decode("utf-8"), parse_float=_real, parse_constant=_no_constant)
+        body = json.loads(raw.decode("utf-8"), parse_float=_real, parse_int=_whole, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise RequestError("the body is not UTF-8") from None
     except RecursionError:
         raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except json.JSONDecodeError as error:
         raise RequestError(f"the body is not JSON from line {error.lineno} column {error.colno} on") from None
-    except ValueError:  # _no_constant, and integers of over 4,300 digits
+    except ValueError:
         raise RequestError("the body holds a number that is none, or too long") from None
     if not isinstance(body, dict):
         raise RequestError("the body is JSON, but not an object")
@@ -309,8 +310,14 @@ def _one_of(value, allowed: Iterable[str], param: str) -> str:
 
 def _real(text: str) -> int | float:
     """A number with a point; 5.0 is a whole one, as in JSON Schema: not every client can write 5."""
-    value = float(text)
+    value = float(text[:MAX_DIGITS])
+    if len(text) > MAX_DIGITS or math.isinf(value):
+        raise ValueError("too long or too large")
     return int(value) if value.is_integer() else value
+
+
+def _whole(text: str) -> int:
+    return int(text if len(text) <= MAX_DIGITS else "")  # which is a ValueError, too
 
 
 def _no_constant(name: str):

@@ -124,6 +124,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except OSError as error:  # ssl.SSLError and time-outs are OSErrors too: the client's doing, not ours
             log.debug("connection of %s ended: %s", client_address[0], error)
 
+    def service_actions(self) -> None:
+        for handler in filter(None, list(self.handlers.values())):
+            handler.connection.cut()
+
     def handle_error(self, request, client_address) -> None:
         log.exception("connection of %s failed", client_address[0])
 
@@ -262,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
             body, chat = protocol.parse_json(raw), self._route == CHAT
             request = (protocol.parse_chat if chat else protocol.parse_completion)(body, self.server.max_tokens)
             streamed, include_usage = protocol.streaming(body)
-            with self.server.llm.answer(request, self._key.id, PATIENCE) as deltas:
+            with self.server.llm.answer(request, self._key.id, PATIENCE, self._check) as deltas:
                 answer = protocol.Answer(chat, self.server.llm.checkpoint, len(request.chats), request.params.n)
                 if streamed:
                     self._stream(answer.events(self._watched(deltas), include_usage))
@@ -273,16 +277,19 @@ class Handler(BaseHTTPRequestHandler):
         if not streamed:
             self._reply(200, reply)
 
+    def _check(self) -> None:
+        if self.connection.gone():
+            raise ConnectionAbortedError("the client has closed the connection")
+        if not self.server.keys.lives(self._key):
+            raise errors.Forbidden("the API key was deleted, or has expired, while this was answered")
+
     def _watched(self, deltas: Iterator[Delta | None]) -> Iterator[Delta | None]:
         """The deltas, timed, and a None for KEEP_ALIVE of silence, while the client is there and its key lives."""
         before: dict[int, tuple[float, int]] = {}
         spoke = self._started
         for delta in deltas:
             now = time.monotonic()
-            if self.connection.gone():
-                raise ConnectionAbortedError("the client has closed the connection")
-            if not self.server.keys.lives(self._key):
-                raise errors.Forbidden("the API key was deleted, or has expired, while this was answered")
+            self._check()
             if not delta and now - spoke < KEEP_ALIVE:
                 continue
             if delta and delta.index not in before:
@@ -357,7 +364,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Connection"] = "close"
         elif self._head.minor == 0:
             headers["Connection"] = "keep-alive"
-        if _is_public(self._head.host):
+        if self._head.host in self.server.hosts and _is_public(self._head.host):
             headers["Strict-Transport-Security"] = HSTS
         fields = "".join(f"{name}: {value}\r\n" for name, value in (headers | self._cors()).items())
         return f"HTTP/1.1 {status} {self.responses[status][0]}\r\n{fields}\r\n".encode("latin-1")

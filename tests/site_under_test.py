@@ -33,7 +33,7 @@ class FakeLLM:
         self.gate.set()
         self.silent = self.patience = 0  # so many patiences pass before the first delta, and more until the gate opens
 
-    def answer(self, request, owner, patience):
+    def answer(self, request, owner, patience, check):
         self.requests.append(request)
         self.owner, self.patience = owner, patience
         if self.refuses:

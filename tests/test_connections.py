@@ -64,10 +64,26 @@ def test_a_body_that_comes_byte_by_byte_is_cut_off_at_a_deadline_for_its_size(si
     client = site.connect().send(site.http(b"", Content_Length="1000"))
     trickle(client, b"x" * 1000)
     assert "of 1,000 bytes arrived in time" in client.reply().refusal(408)
-    monkeypatch.setattr(connection, "BODY_RATE", 1)  # 0.1 s and 19 s more for its 19 bytes
-    client = site.connect().send(site.http(b"", Content_Length=str(len(HELLO))))
+    client = site.connect().send(site.http(b"", Content_Length="1000000"))  # silent: nothing came, so no time was won
+    assert client.reply().refusal(408) == "of the body 0 of 1,000,000 bytes arrived in time"
+    monkeypatch.setattr(connection, "BODY_RATE", 1)  # 0.1 s, and one second more for each byte that came
+    client = site.connect().send(site.http(b"", Content_Length=str(len(HELLO))) + HELLO[:15])
     time.sleep(0.15)
-    assert client.send(HELLO).reply().status == 200
+    assert client.send(HELLO[15:]).reply().status == 200
+
+
+def test_records_without_data_that_keep_openssl_busy_end_a_second_after_the_deadline(site, monkeypatch):
+    def stubborn(self, end):  # as SSL_read does under a flood of KeyUpdates: it does not come back to its time-out
+        self.until = end
+        self._socket.settimeout(30)
+        return self._socket
+
+    monkeypatch.setattr(connection, "HEAD", 0.1)
+    monkeypatch.setattr(connection.Connection, "_until", stubborn)
+    client, begun = site.connect(), time.monotonic()
+    with suppress(OSError):
+        assert client.sock.recv(1) == b""
+    assert time.monotonic() - begun < 20
 
 
 def test_who_says_nothing_is_let_go_without_a_word_after_a_while_and_later_between_requests(site, monkeypatch):
@@ -237,6 +253,7 @@ def test_only_a_real_name_is_remembered_by_browsers_as_https(site):
     for name in ("localhost", "mac.local", "192.168.1.5", "[::1]", "127.0.0.1"):
         assert site.post(Host=name).headers["Strict-Transport-Security"] is None
     assert site.post(Host="vision.example.com").headers["Strict-Transport-Security"] == "max-age=31536000"
+    assert site.post(Host="other.example.com").headers["Strict-Transport-Security"] is None  # a 421
 
 
 def test_pages_of_other_origins_read_nothing_unless_they_are_allowed_to(site):

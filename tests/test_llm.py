@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import queue
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,56 @@ def test_memory_that_is_lacking_for_a_picture_is_no_fault_of_the_request(llm, mo
         llm.generate("What is shown in this image?", [CIRCLE])
     monkeypatch.undo()
     assert llm.generate("What is shown in this image?", [CIRCLE]) == "A red circle."
+
+
+def test_pictures_are_decoded_only_while_somebody_wants_the_answer(llm, monkeypatch):
+    decoded, process = [], phi3v.images.process
+    monkeypatch.setattr(phi3v.images, "process", lambda *a: (decoded.append(1), process(*a))[1])
+
+    def check():
+        if decoded:
+            raise ConnectionAbortedError
+
+    request = Request(
+        [question("What is this?", [Picture(CIRCLE, f"images[{k}]") for k in range(3)])], SamplingParams()
+    )
+    with pytest.raises(ConnectionAbortedError):
+        llm.answer(request, "a", 0.05, check)
+    assert (len(decoded), llm._decoding, llm._wanting) == (1, [], [])
+
+
+def test_an_owner_who_decodes_already_lets_another_go_first(llm, monkeypatch):
+    gates, begun, process = {name: threading.Event() for name in "abc"}, queue.SimpleQueue(), phi3v.images.process
+    who = threading.local()
+
+    def wait(*arguments):
+        begun.put(who.name)
+        assert gates[who.name].wait(30)
+        return process(*arguments)
+
+    def ask(name: str, owner: str) -> None:
+        who.name = name
+        request = Request([question("What is this?", [Picture(CIRCLE, "images[0]")])], SamplingParams(max_tokens=1))
+        with llm.answer(request, owner, 0.05) as deltas:
+            list(deltas)
+
+    monkeypatch.setattr(phi3v.images, "process", wait)
+    first, second, other = (threading.Thread(target=ask, args=each) for each in ("ax", "bx", "cy"))
+    first.start()
+    assert begun.get(timeout=30) == "a"
+    with llm._moved:  # until both want a place
+        llm._wanting.append("y")
+    second.start()
+    other.start()
+    assert begun.get(timeout=30) == "c"  # whoever came first: "x" has a place already
+    with llm._moved:
+        llm._wanting.remove("y")
+    for gate in gates.values():
+        gate.set()
+    for thread in (first, second, other):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert begun.get(timeout=30) == "b" and llm._decoding == llm._wanting == []
 
 
 def test_max_tokens_cuts_the_answer_and_nothing_else(llm):
