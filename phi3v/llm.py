@@ -129,6 +129,7 @@ class LLM(AbstractContextManager):
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
         self._engine.check(prompts)
         with self._place_to_decode(owner, check) if pixels else nullcontext():
+            self._engine.check(prompts)  # it may have waited for long
             for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
                 for k, header in enumerate(headers):
                     check()

@@ -188,11 +188,11 @@ class Handler(BaseHTTPRequestHandler):
                     raise unreadable
                 self._answer(head)
             except Exception as error:
-                told = self._told(error)
-                self._reply(told.status, protocol.error(told), told.headers)
+                self._refuse(error)
         except ConnectionError:
             self._status, self.close_connection = 499, True  # the client has gone; there is nobody to tell
         finally:
+            unreadable = None  # with its frames it would keep all of the request until the garbage is collected
             self._log()
             self.busy = False
 
@@ -332,9 +332,7 @@ class Handler(BaseHTTPRequestHandler):
             for event in events:
                 tell(event)
         except Exception as error:
-            told = self._told(error)
-            self._status = told.status  # in the log; the client has read 200
-            tell(protocol.sse(protocol.error(told)))
+            tell(protocol.sse(protocol.error(self._told(error))))
         if chunked:
             self.connection.send(b"0\r\n\r\n")
 
@@ -348,7 +346,12 @@ class Handler(BaseHTTPRequestHandler):
             log.exception("request %s failed", self._request_id)
             error = errors.Internal(f"internal error; the server's log has it under request {self._request_id}")
         self.server.metrics.add("refusals_total", type=error.type)
+        self._status = error.status  # in the log; of a stream the client has read 200
         return error
+
+    def _refuse(self, error: Exception) -> None:
+        told = self._told(error)  # here and not where it was caught: a frame that knows its own error stays
+        self._reply(told.status, protocol.error(told), told.headers)
 
     def _reply(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
         payload = body if isinstance(body, bytes) else protocol.render(body)

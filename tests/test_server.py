@@ -1,5 +1,6 @@
 """The server: every answer, refusal, line of the log and order of checks, as a client meets them over TLS."""
 
+import gc
 import json
 import re
 import subprocess
@@ -198,6 +199,25 @@ def test_a_broken_generation_is_a_500_that_tells_nothing_and_the_next_request_wo
     assert " status=500 " in site.line() and site.llm.left.is_set()
     site.llm.breaks = None
     assert client.send(site.http()).reply().status == 200
+
+
+def test_a_refusal_keeps_nothing_of_the_request_in_memory(site):
+    gc.collect()
+    known = [e for e in gc.get_objects() if isinstance(e, RequestError)]  # other tests' parameters
+    gc.disable()  # or it would sooner or later find what keeps itself
+    try:
+        site.llm.refuses = None
+        for data in (site.http(b"{}"), site.http(b'{"prompt": 5, "stream": true}'), b"NONSENSE\r\n\r\n"):
+            site.connect().send(data).reply().refusal(400, None if data[:3] == b"NON" else "prompt")
+            site.line()
+        site.llm.breaks = Unavailable("the model is draining")
+        streamed(site.connect().send(site.http(chat(stream=True), CHAT)))
+        site.line()
+        site.llm.breaks = None
+        site.post()  # whose thread comes after theirs have gone on
+        assert [e for e in gc.get_objects() if isinstance(e, RequestError) and e not in known] == []
+    finally:
+        gc.enable()
 
 
 def test_what_is_kept_belongs_to_the_key_that_asked(site):
