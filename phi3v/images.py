@@ -10,7 +10,6 @@ import math
 import os
 import re
 import struct
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,7 +35,6 @@ MAX_SCANS = 16  # of such a JPEG, 64 of a smaller one; 10 are usual, and each go
 MAX_READS = 30_000  # of a file: a million small parts take seconds, the largest PNG in parts of 8 KB is 25,000
 MAX_EXIF = 500_000  # bytes, of which a JPEG holds 65,536 in one piece
 BYTES = (1, 2, 6, 7)  # those types of a TIFF's tags that may be long
-DECODES = threading.Semaphore(2)  # two decodes at once bound the memory they take
 # What is wrong with a picture is told to its sender; Pillow and libtiff would print it as well.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 TiffImagePlugin.logger.disabled = True
@@ -113,14 +111,13 @@ class Header:
     def crops(self) -> Crops:
         """Decode and cut it, once only: what is decoded is not kept, and each copy of it has 64 MB."""
         image, self._image = self._image, None
-        with DECODES:
-            with _told(self._param):
-                image.seek(0)  # the first frame of an animation
-                image = ImageOps.exif_transpose(image)  # a phone's photo lies on its side until this is applied
-                if image.size != self._size:
-                    raise RequestError("the picture says in two places how it lies, and not the same: save it again")
-                image = _to_rgb(image)
-            return process(image, self._num_crops)
+        with _told(self._param):
+            image.seek(0)  # the first frame of an animation
+            image = ImageOps.exif_transpose(image)  # a phone's photo lies on its side until this is applied
+            if image.size != self._size:
+                raise RequestError("the picture says in two places how it lies, and not the same: save it again")
+            image = _to_rgb(image)
+        return process(image, self._num_crops)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import io
 import random
 import sys
-import threading
 import warnings
 from pathlib import Path
 from unittest.mock import patch
@@ -226,26 +225,6 @@ def test_what_a_picture_says_about_itself_is_dropped():
         for more in ({}, {"exif": exif}, {"comment": b"words"}, {"dpi": (9, 9)})
     }
     assert len(digests) == 1
-
-
-def test_two_pictures_are_decoded_at_once_and_no_more(monkeypatch):
-    inside, leave = threading.Barrier(3), threading.Event()
-
-    def process(image, num_crops):
-        inside.wait(30)
-        assert leave.wait(30)
-
-    monkeypatch.setattr(images, "process", process)
-    threads = [threading.Thread(target=images.Header(SMALL, 4).crops) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    inside.wait(30)  # both are there
-    assert not images.DECODES.acquire(blocking=False)
-    leave.set()
-    for thread in threads:
-        thread.join()
-    assert images.DECODES.acquire(blocking=False)
-    images.DECODES.release()
 
 
 BOMBS = {name: data for bombs in (pictures.over, pictures.crafted) for name, data in bombs()}

@@ -140,6 +140,33 @@ def test_pictures_are_decoded_only_while_somebody_wants_the_answer(llm, monkeypa
     assert (len(decoded), llm._decoding, llm._wanting) == (1, [], [])
 
 
+def test_two_requests_decode_their_pictures_at_once_and_no_more(llm, monkeypatch):
+    inside, leave, process = threading.Barrier(3), threading.Event(), phi3v.images.process
+
+    def wait(*arguments):
+        if not leave.is_set():
+            inside.wait(30)
+            assert leave.wait(30)
+        return process(*arguments)
+
+    def ask(owner: str) -> None:
+        request = Request([question("What is this?", [Picture(CIRCLE, "images[0]")])], SamplingParams(max_tokens=1))
+        with llm.answer(request, owner, 0.05) as deltas:
+            list(deltas)
+
+    monkeypatch.setattr(phi3v.images, "process", wait)
+    threads = [threading.Thread(target=ask, args=owner) for owner in "xyz"]
+    for thread in threads:
+        thread.start()
+    inside.wait(30)  # two are there, and a third one would break the barrier
+    assert any(len(llm._wanting) == 1 or leave.wait(0.01) for _ in range(2000)) and len(llm._decoding) == 2
+    leave.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert llm._decoding == llm._wanting == []
+
+
 def test_an_owner_who_decodes_already_lets_another_go_first(llm, monkeypatch):
     gates, begun, process = {name: threading.Event() for name in "abc"}, queue.SimpleQueue(), phi3v.images.process
     who = threading.local()
