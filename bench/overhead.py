@@ -83,7 +83,7 @@ def main() -> None:
     with phi3v.load("demo") as llm:
         store = keys.KeyStore(folder / "keys.db")
         _, secret = store.create("bench", 1_000_000)
-        site = server.Server(("127.0.0.1", 0), tls.server_context(certificate, private), llm, store)
+        site = server.Server([("127.0.0.1", 0)], tls.server_context(certificate, private), llm, store)
         threading.Thread(target=site.serve_forever, daemon=True).start()
         listener = socket.create_server(("127.0.0.1", 0))
         trust = tls.server_context(certificate, private)

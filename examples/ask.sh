@@ -9,6 +9,6 @@ question=$(printf '%s' "$1" | tr '\n' ' ' | sed 's/\\/\\\\/g; s/"/\\"/g')
 picture=$(base64 < "$2" | tr -d '\n')
 # The body goes through standard input: a picture is too long for an argument.
 printf '{"prompt": "%s", "images": ["%s"]}' "$question" "$picture" |
-  curl --silent --show-error --cacert "${PHI3V_CERT:-server.crt}" "${PHI3V_URL:-https://localhost:8000}/v1/completions" \
+  curl --silent --show-error --fail-with-body --cacert "${PHI3V_CERT:-server.crt}" "${PHI3V_URL:-https://localhost:8000}/v1/completions" \
     -H 'Content-Type: application/json' -H "X-API-Key: $PHI3V_KEY" --data-binary @-
 echo

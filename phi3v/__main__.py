@@ -11,11 +11,13 @@ import logging.handlers
 import os
 import queue
 import re
+import resource
 import shlex
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -29,8 +31,16 @@ UNITS = {"": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3, "M": 60, "H": 3600, "D
 COUNT = r"([1-9][0-9]{0,8})()", "a whole number of at least 1"
 SIZE = r"([0-9]{1,12})(?i:([KMG]B|))", "a size such as 500KB, 1MB, 4GB or 1048576"
 TIME = r"([1-9][0-9]{0,5})([mhd])", "a time such as 30m, 12h or 90d, nor 'never'"
+HOST = r"[a-z0-9._-]+|[0-9a-f:.]+", "a host's name or address, without a port"
+ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?", "an origin such as https://a.example, without a path"
+GRACE = TIME[0], "a time such as 30m or 24h"
 QUESTION = "What is shown in this image?"
+ENDS = signal.SIGINT, signal.SIGTERM
+WATCH = 0.5  # seconds between two looks at the certificate's files and at the engine
+SPARE_FILES = 256  # open files beside the connections': databases, the model, libraries
 EXAMPLE = Path(__file__).parent / "demo" / "red-circle.png"
+
+log = logging.getLogger("phi3v")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,39 +75,92 @@ def serve(arguments: argparse.Namespace) -> None:
         raise SetupError("--host is empty: 127.0.0.1 is this machine only, 0.0.0.0 the whole network")
     names = "max_batch", "max_queue", "max_context", "cache_bytes", "idle_unload"
     limits = {name: getattr(arguments, name) for name in names}
+    signals: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
+    _catch(signals, signal.SIGHUP)  # also while a model loads, or it would end us
     with open_llm(arguments.model, **limits) as llm:  # first: what is no model must leave no files behind
         log_file = _start_log(arguments)
-        notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host)
+        notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host, *arguments.allowed_host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
-        limits = arguments.max_content_length, arguments.max_tokens, arguments.max_chat_content_length
+        notices += _allow_descriptors(arguments.max_connections)
+        both = arguments.host in ("127.0.0.1", "localhost")  # a client may try either for localhost
+        addresses = [(host, arguments.port) for host in (("127.0.0.1", "::1") if both else (arguments.host,))]
         with closing(KeyStore(arguments.db)) as keys:
-            try:
-                server = Server((arguments.host, arguments.port), context, llm, keys, *limits)
-            except (OSError, OverflowError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise SetupError(f"cannot listen on {arguments.host} port {arguments.port}: {reason}") from None
+            server = Server(addresses, context, llm, keys)
+            server.hosts = {*tls.host_names(arguments.host), *arguments.allowed_host}
+            for name in ("origins", "max_content_length", "max_chat_content_length", "max_tokens", "max_connections"):
+                setattr(server, name, getattr(arguments, name))
             for notice in notices:
-                logging.getLogger("phi3v").warning(notice)
+                log.warning(notice)
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
             llm.wait()
-            signals = _catch_signals()
+            _catch(signals, *ENDS)
             _say_hello(arguments, llm, keys, log_file, server.server_address[1])
-            signals.get()
+            _watch(arguments, server, llm, signals)
             print("phi3v: finishing the running requests; a second Ctrl-C ends at once", file=sys.stderr)
             server.stop()
+            if llm.status == "failed":  # a supervisor starts it again
+                raise SetupError(f"the engine has failed, the reason is in {log_file or 'what is above'}")
 
 
-def _catch_signals() -> queue.SimpleQueue:
-    """A queue that gets the first SIGINT or SIGTERM; the second one has its ordinary effect."""
-    received: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
+def _catch(received: queue.SimpleQueue, *numbers: int) -> None:
+    """Put there whether a signal is to end us; after a first SIGINT or SIGTERM the second has its ordinary effect."""
+    at_terminal = _has_terminal()
 
     def receive(number: int, _) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        received.put(number)
+        ends = number != signal.SIGHUP or (at_terminal and not _has_terminal())  # its window was closed
+        for each in ENDS if ends else ():
+            signal.signal(each, signal.SIG_DFL)
+        received.put(ends)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, receive)
-    return received
+    for number in numbers:
+        if number in ENDS or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, receive)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def _watch(arguments: argparse.Namespace, server, llm, signals: queue.SimpleQueue) -> None:
+    """Return when the server is to end; until then, take a certificate that was changed for new connections."""
+    pair = Path(arguments.certfile), Path(arguments.keyfile)
+    known = [_stamp(path) for path in pair]
+    while llm.status != "failed":
+        asked = True
+        try:
+            if signals.get(timeout=WATCH):
+                return
+        except queue.Empty:
+            asked = False
+        if known == (known := [_stamp(path) for path in pair]) and not asked:
+            continue
+        try:
+            server.context = tls.server_context(*pair)
+            log.warning("read the certificate %s anew, for new connections", pair[0])
+        except SetupError as error:
+            log.error("%s; the certificate in use stays", error)
+
+
+def _stamp(path: Path) -> tuple | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _allow_descriptors(connections: int) -> list[str]:
+    """Raise the limit of open files to what these need; says so if the system does not let us."""
+    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), connections + SPARE_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if most > soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    advice = f"lower --max-connections, or raise the system's {most} open files (ulimit -n)"
+    return [f"{connections} connections need {wanted} open files: {advice}"] * (most < wanted)
 
 
 def create(arguments: argparse.Namespace) -> None:
@@ -125,6 +188,15 @@ def update(arguments: argparse.Namespace) -> None:
         raise SetupError("nothing to change: give --rate-limit, --name or --expires")
     with closing(KeyStore(arguments.db, create=False)) as keys:
         print(_table([keys.update(_reference(arguments.key), **changes)]))
+
+
+def rotate(arguments: argparse.Namespace) -> None:
+    with closing(KeyStore(arguments.db, create=False)) as keys:
+        key, secret = keys.rotate(_reference(arguments.key), arguments.grace)
+    print(secret)
+    end = time.strftime("ends on %Y-%m-%d at %H:%M", time.localtime(time.time() + arguments.grace))
+    end = end if arguments.grace else "has ended"
+    print(f"phi3v: that is key {key.id} ({key.name}) now, shown only this once; the one before {end}", file=sys.stderr)
 
 
 def delete(arguments: argparse.Namespace) -> None:
@@ -170,21 +242,26 @@ def _parser() -> argparse.ArgumentParser:
 
     count, size, duration = _kind(*COUNT), _kind(*SIZE), _kind(*TIME, never=0)
     auto_count, auto_size = _kind(*COUNT, auto=None), _kind(*SIZE, auto=None)  # None: worked out from the memory
+    level = _kind(r"(?!)", "debug, info, warning or error", debug=10, info=20, warning=30, error=40)
     sub = serve_ = command(serve, "serve", "serve the model over HTTPS")
     _option(sub, "--host", "127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
-    _option(sub, "--port", 8000, type=int)
+    _option(sub, "--port", 8000, type=int, help="0 for any that is free")
+    _option(sub, "--allowed-host", "", type=_names(*HOST), help="further names clients call it by, with commas")
+    text = "web origins whose pages may use it, such as https://a.example"
+    _option(sub, "--allow-origin", "", type=_names(*ORIGIN), dest="origins", help=text)
     _option(sub, "--certfile", "server.crt", help="made on the first run if it is not there")
-    _option(sub, "--keyfile", "server.key")
-    _option(sub, "--log-file", "server.log")
-    _option(sub, "--log-level", "info", choices=["debug", "info", "warning", "error"])
+    _option(sub, "--keyfile", "server.key", help="its private key")
+    _option(sub, "--log-file", "server.log", help="a line for each request; 60 MB at most")
+    _option(sub, "--log-level", "info", type=level, help="debug, info, warning or error")
     _option(sub, "--max-content-length", "1MB", type=size, help="largest body, such as 500KB or 1MB")
     _option(sub, "--max-chat-content-length", "20MB", type=size, help="the same, of the chat route")
-    _option(sub, "--max-tokens", 1024, type=count, help="the most that a request may ask for")
+    _option(sub, "--max-connections", 1024, type=count, help="the most clients at once; others are turned away")
+    _option(sub, "--max-tokens", 1024, type=count, help="the most tokens of an answer that may be asked for")
     _option(sub, "--max-batch", "auto", type=auto_count, help="the most sequences that run at once")
-    _option(sub, "--max-queue", 256, type=count, help="the most that run or wait")
+    _option(sub, "--max-queue", 256, type=count, help="the most sequences that run or wait, 64 or more")
     _option(sub, "--max-context", "auto", type=auto_count, help="the most tokens of prompt and answer")
     _option(sub, "--cache-bytes", "auto", type=auto_size, help="memory to keep read prompts and pictures in")
-    _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work")
+    _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work, as 10m")
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
     sub = create_ = command(create, "create", "create an API key and print it, once")
     sub.add_argument("--name", required=True)
@@ -193,9 +270,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = list_ = command(list_keys, "list", "show the keys, their limits and their use; never a key itself")
     sub.add_argument("--json", action="store_true")
     sub = update_ = command(update, "update", "change a key's limit, name or end")
-    sub.add_argument("--rate-limit", type=count)
+    sub.add_argument("--rate-limit", type=count, help="requests per minute")
     sub.add_argument("--name")
     sub.add_argument("--expires", type=duration, help="from now on, such as 90d; or never")
+    sub = rotate_ = command(rotate, "rotate", "give a key a new secret and print it, once; all else stays")
+    text = "the old one stays valid so long, as 24h (not at all)"
+    sub.add_argument("--grace", type=_kind(*GRACE), default=0, help=text)
     delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
     sub = generate_ = command(generate, "generate", "answer one prompt in the terminal")
     sub.add_argument("prompt")
@@ -203,19 +283,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-tokens", type=int, help="the most tokens of the answer (512)")
     sub.add_argument("--num-crops", type=int, help="the most crops a picture is cut into, 1 to 16")
     sub.add_argument("--json", action="store_true", help="print the reply that the server would give")
-    for sub in (update_, delete_):
+    for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
     for sub in (serve_, generate_):
         _option(sub, "--model", "demo", help="demo (the embedded one), a checkpoint folder or a hub id")
-    for sub in (serve_, create_, list_, update_, delete_):
+    for sub in (serve_, create_, list_, update_, rotate_, delete_):
         _option(sub, "--db", "keys.db", help="the file that holds the keys")
     return parser
 
 
-def _option(parser: argparse.ArgumentParser, flag: str, default: str | int, help: str = "", **kwargs) -> None:
+def _option(parser: argparse.ArgumentParser, flag: str, default: str | int, help: str, **kwargs) -> None:
     """An option whose default the environment may set: --log-file reads PHI3V_LOG_FILE."""
     variable = "PHI3V_" + flag.strip("-").upper().replace("-", "_")
-    text = f"{help} ({default}; {variable})".strip()
+    text = f"{help} ({default or 'none'}; {variable})"
     parser.add_argument(flag, default=os.environ.get(variable) or default, help=text, **kwargs)
 
 
@@ -227,6 +307,19 @@ def _kind(pattern: str, what: str, **words):
         if not found and text not in words:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return int(found[1]) * UNITS[found[2].upper()] if found else words[text]
+
+    return kind
+
+
+def _names(pattern: str, what: str):
+    """What argparse makes of names with commas between."""
+
+    def kind(text: str) -> list[str]:
+        names = [name.strip().lower() for name in text.split(",") if name.strip()]
+        for name in names:
+            if not re.fullmatch(pattern, name):
+                raise argparse.ArgumentTypeError(f"{name!r} is not {what}")
+        return names
 
     return kind
 
@@ -256,24 +349,32 @@ def _table(keys: list[Key]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+class _Formatter(logging.Formatter):
+    """Says of an exception where it happened, but not its words: they may be a client's."""
+
+    def formatException(self, exc_info: tuple) -> str:
+        lines, error = [], exc_info[1]
+        while error:
+            lines = [*traceback.format_tb(error.__traceback__), f"{type(error).__name__}\n", *lines]
+            error = error.__cause__ or error.__context__
+        return "".join(lines)
+
+
 def _start_log(arguments: argparse.Namespace) -> Path | None:
     """Everything to the log file, warnings to stderr as well; returns the file, None if it cannot be written."""
-    log = logging.getLogger("phi3v")
+    logging.raiseExceptions = False  # a full disk must cost lines of the log, not a traceback for each
     warnings.filterwarnings("ignore", module="PIL")  # they quote what clients sent, a line for each new wording
-    try:
-        log.setLevel(arguments.log_level.upper())
-    except ValueError as error:  # argparse checks the flag, not the variable
-        raise SetupError(f"PHI3V_LOG_LEVEL: {error}") from None
+    log.setLevel(arguments.log_level)
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("phi3v: %(message)s"))
+    console.setFormatter(_Formatter("phi3v: %(message)s"))
     log.addHandler(console)
     try:
         file = logging.handlers.RotatingFileHandler(arguments.log_file, encoding="utf-8", **ROTATED)
     except OSError as error:
         log.warning("cannot write %s: %s; serving without a log file", arguments.log_file, error.strerror)
         return None
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     return Path(file.baseFilename)
 

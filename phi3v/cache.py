@@ -34,12 +34,10 @@ class Cache:
 
     def prefix(self, owner: str, long: bool, content: np.ndarray, grain: int) -> tuple[KVCache, int] | None:
         """A copy of what the prompt begins with, and its length: a multiple of `grain`, and never all of it."""
-        best, length = None, MIN_PREFIX - 1
-        for key, (_, stored) in self._alike(owner, long, content):
-            shared = min(shared_length(stored, content), len(content) - 1) // grain * grain
-            if shared > length:
-                best, length = key, shared
-        if best is None:
+        alike = {key: shared_length(stored, content) for key, (_, stored) in self._alike(owner, long, content)}
+        best = max(alike, key=alike.get, default=None)
+        length = min(alike.get(best, 0), len(content) - 1) // grain * grain
+        if length < MIN_PREFIX:
             return None
         self._entries.move_to_end(best)
         self.hits += length

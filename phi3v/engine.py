@@ -20,25 +20,27 @@ import mlx.nn as nn
 
 from . import sampling, sequences
 from .cache import Cache, shared_length
-from .errors import RequestError, Unavailable
-from .images import Crops
+from .errors import RequestError, SetupError, Unavailable
+from .images import TOKENS, Crops
 from .language import KVCache, Part
 from .model import Phi3V
 from .sequences import Batch, Generation, Prompt, Sequence
 
 # The one lock that serializes MLX: held around every load and turn, by every engine of this process.
-MLX = threading.Lock()
+MLX = threading.RLock()
 MAX_BATCH = 128  # sequences running together, where memory allows: the most that was measured
-MAX_QUEUE = 256  # sequences waiting or running; beyond it a client is better told than kept waiting
+MAX_QUEUE, LEAST_QUEUE = 256, 64  # sequences that wait or run; half is for one owner, and must hold a request of 32
 MAX_READING = 8  # prompts read side by side: enough to fill a piece with short ones; an owner leaves one to others
 MAX_LOOKED_AT = 32  # waiting prompts of which one may begin: more cost time in each pass
 # Tokens of prompts read per pass: what running sequences, and who comes later, may have to wait for. An H200
 # reads 1,024 in 20 ms, and a pass has costs of its own there; the second number is for when nobody runs.
 PIECE, ALONE = (1024, 2048) if mx.cuda.is_available() else (512, 512)
+MAX_CROPS = 800  # that were decoded and wait, of 1.35 MB each: a request may have 544
 CROPS = 17  # of pictures looked at per pass: about as much work as a piece
 SHARE, SHARE_OF_GPU = 0.6, 0.85  # of a machine's memory, or a GPU's own, for weights, KV caches and kept prefixes
 KEPT = 0.25  # of what the weights leave of that for kept prefixes and features
 LEAST_CONTEXT = 2048  # tokens that are always let in, however little memory there seems to be
+NO_MEMORY = "malloc]", "out of memory", "Insufficient Memory"  # so Metal and CUDA say it; on a CPU MLX just crashes
 
 log = logging.getLogger("phi3v")
 
@@ -71,6 +73,8 @@ class Engine:
         cache_bytes: int | None = None,
         idle_unload: float = 0,
     ):
+        if max_queue < LEAST_QUEUE:
+            raise SetupError(f"--max-queue must be at least {LEAST_QUEUE}, not {max_queue}")
         self._load, self._idle_unload = load, idle_unload
         self.limits = {"batch": max_batch, "queue": max_queue, "context": max_context, "cache_bytes": cache_bytes}
         self._changed = threading.Condition()  # guards these three; never held during a pass, or nobody could submit
@@ -100,8 +104,9 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """What runs and waits now, what was made and not read again so far, and the bytes that are kept."""
-        waiting = sum(not s.done for s in [*self._arrived, *self._waiting])
-        now = {"running": len(self._alive) - waiting, "waiting": waiting, "tokens": self._tokens}
+        with self._changed:  # or one that is just received would be counted twice
+            waiting = sum(not s.done for s in [*self._arrived, *self._waiting])
+            now = {"running": len(self._alive) - waiting, "waiting": waiting, "tokens": self._tokens}
         return now | {"cached_tokens": self._cache.hits, "cache_bytes": self._cache.bytes}
 
     def wait(self) -> None:
@@ -110,23 +115,35 @@ class Engine:
         if self._failure:
             raise self._failure
 
-    def submit(self, prompts: list[Prompt], patience: float | None = None) -> Generation:
-        """Queue prompts that start together; raises Unavailable when the engine cannot take them."""
-        most, context, generation = self.limits["queue"], self.limits["context"], Generation(len(prompts), patience)
+    def check(self, prompts: list[Prompt]) -> None:
+        """Raise what `submit` would: RequestError for what never fits, Unavailable for what does not now."""
+        queue, context = self.limits["queue"], self.limits["context"]
+        owner, most = prompts[0].owner, queue // 2 if prompts[0].owner else queue
         if len(prompts) > most:
-            raise RequestError(
-                f"{len(prompts)} sequences (prompts × n or choices) are over the queue's {most}", "prompt"
-            )
+            given = f"{len(prompts)} sequences (prompts × n or choices)"
+            raise RequestError(f"{given} at once: one key may have at most {most} in the queue", "prompt")
         for p in prompts:
             if not p.ids or len(p.ids) + p.max_tokens > (context or math.inf):
                 given = f"{len(p.ids)} tokens with an answer of {p.max_tokens}"
                 raise RequestError(f"a prompt has 1 token or more, with its answer {context}, not {given}", "prompt")
-        arrived = [Sequence(p, i, generation) for i, p in enumerate(prompts)]
         with self._changed:
             if self.status not in ("ok", "idle"):
                 raise Unavailable(f"the model is {self.status}")
-            if len(self._alive) + len(prompts) > most:
-                raise Unavailable(f"the queue is full: {len(self._alive)} of {most} sequences run or wait")
+            if len(self._alive) + len(prompts) > queue:
+                raise Unavailable(f"the queue is full: {len(self._alive)} of {queue} sequences run or wait")
+            if (mine := sum(s.prompt.owner == owner for s in self._alive)) + len(prompts) > most:
+                raise Unavailable(f"this key has {mine} of its {most} places in the queue")
+            held = {id(c): len(c.pixels) for s in self._alive for c in s.images if c.pixels is not None}
+            more = {id(c): c.tokens // TOKENS for p in prompts for c in p.images}
+            if owner and held and sum(held.values()) + sum(more.values()) > MAX_CROPS:
+                raise Unavailable(f"{sum(held.values())} crops of pictures wait to be looked at, {MAX_CROPS} may be")
+
+    def submit(self, prompts: list[Prompt], patience: float | None = None) -> Generation:
+        """Queue prompts of one owner that start together."""
+        generation = Generation(len(prompts), patience)
+        arrived = [Sequence(p, i, generation) for i, p in enumerate(prompts)]
+        with self._changed:
+            self.check(prompts)
             self._alive.update(arrived)
             self._arrived += arrived
             self._changed.notify()
@@ -152,9 +169,11 @@ class Engine:
             self._failure = error.with_traceback(None)  # whose frames hold the model
         with self._changed:
             self._closing = True  # nothing can be submitted after this
-        self._fail(self._failure or Unavailable("the model is shutting down"))
+        for s in list(self._alive):
+            self._put(s, self._failure or Unavailable("the model is shutting down"))
         self._ready.set()
-        self._model = None
+        self._waiting, self._reading, self._batches, self._model = [], [], {}, None
+        self._clear()
         mx.clear_streams()  # with CUDA, MLX's own threads would abort the process at its end (MLX issue 4506)
 
     def _load_model(self) -> None:
@@ -192,19 +211,18 @@ class Engine:
 
     def _turn(self) -> None:
         """Launch a pass for whoever can go on, then look at the tokens of the one before."""
-        try:
-            if not self._model:
-                self._load_model()
-            with MLX:
+        with MLX:
+            try:
+                if not self._model:
+                    self._load_model()
                 self._sweep()
                 self._admit()
                 last, self._flight = self._flight, self._launch()
                 self._deliver(last)
                 self._look()
-        except Exception as error:
-            log.exception("a pass failed; its sequences are ended")
-            error = error if self._model else Unavailable("the model cannot be loaded now")
-            self._fail(error.with_traceback(None))  # its frames would keep the arrays for as long as a client has it
+            except Exception as error:
+                log.exception("a pass failed")
+                self._retry(error.with_traceback(None))  # its frames would keep the arrays as long as a client has it
 
     def _sweep(self) -> None:
         """Take out who has ended, was cancelled, has asked for its last token or outgrows the regime of its batch."""
@@ -243,13 +261,14 @@ class Engine:
     def _next(self) -> Sequence | None:
         """Who ran already goes first, then the owner who has least running, and of an owner's the oldest."""
         active = [*self._reading, *(s for b in self._batches.values() for s in b.sequences if s)]
-        if not self._waiting or len(active) >= self.limits["batch"]:
+        begun = self._begun()
+        if not self._waiting or len(active) >= self.limits["batch"] or any(len(begun) >= s.together for s in begun):
             return None
         owners, reading = (Counter(s.prompt.owner for s in group) for group in (active, self._reading))
         # Each further prompt of a request counts as a second younger: a request of many must not hold up all others.
         rank = lambda s: (not (s.made or s.flying), owners[s.prompt.owner], s.arrived + s.index)  # noqa: E731
         for s in sorted(self._waiting, key=rank)[:MAX_LOOKED_AT]:
-            if s.flying or not self._fits([*active, s]):
+            if s.flying or len(begun) >= s.together or not self._fits([*active, s]):
                 return None  # who came first waits for its token or for room, and is not overtaken
             if reading[s.prompt.owner] < MAX_READING - 1 and not any(self._gains(s, other) for other in self._reading):
                 return s
@@ -403,12 +422,23 @@ class Engine:
                 self._tokens += 1
                 self._put(s, (s.index, token, "length" if len(s.made) >= s.prompt.max_tokens else None))
 
-    def _fail(self, error: BaseException) -> None:
-        for s in list(self._alive):
-            self._put(s, error)
-        for group in (self._waiting, self._reading, self._batches):
-            group.clear()
+    def _begun(self) -> set[Sequence]:
+        """Who runs, is being read or has a token on its way: all that a pass which fails sets back."""
+        with self._changed:
+            return self._alive.difference(self._arrived, [s for s in self._waiting if not s.flying])
+
+    def _retry(self, error: Exception) -> None:
+        """After a failed pass, read again, half as many together each time: who fails alone has the error."""
+        begun = self._begun()
+        if not self._model:
+            error = Unavailable("the model cannot be loaded now")
+        elif isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            error = Unavailable("there is not enough memory for this request now")
+        for s in begun or list(self._alive):  # if nobody has begun it is no pass that fails, and it would for ever
+            s.restart(len(begun) // 2) if len(begun) > 1 else self._put(s, error)
+        self._waiting, self._reading, self._batches = list(begun.union(self._waiting)), [], {}
         self._clear()  # it may be memory that was lacking
+        mx.eval(mx.ones(1) + 1)  # raises, and ends the engine, where it is the GPU that is lost
 
     def _clear(self) -> None:
         self._flight = _Flight()

@@ -30,38 +30,46 @@ Forbidden = _kind("Forbidden", 403, "permission_error")
 NotFound = _kind("NotFound", 404, "not_found_error")
 ModelNotFound = _kind("ModelNotFound", 404, "model_not_found")
 MethodNotAllowed = _kind("MethodNotAllowed", 405)
-SlowBody = _kind("SlowBody", 408)
+TooSlow = _kind("TooSlow", 408)
 LengthRequired = _kind("LengthRequired", 411)
 TooLarge = _kind("TooLarge", 413)
+TargetTooLong = _kind("TargetTooLong", 414)
 UnsupportedType = _kind("UnsupportedType", 415)
+Misdirected = _kind("Misdirected", 421)
 RateLimited = _kind("RateLimited", 429, "rate_limit_error")
+HeadTooLarge = _kind("HeadTooLarge", 431)
+Internal = _kind("Internal", 500, "server_error")
+NotImplementedHere = _kind("NotImplementedHere", 501)
 
 
 class Unavailable(RequestError):
     status, type = 503, "service_unavailable_error"
 
-    def __init__(self, message: str, retry_after: int = 5):
-        """`retry_after`: the seconds a client is asked to wait."""
-        super().__init__(f"{message}; try again in {retry_after} s", headers={"Retry-After": str(retry_after)})
+    def __init__(self, message: str):
+        super().__init__(f"{message}; try again in 5 s", headers={"Retry-After": "5"})
 
 
 class SetupError(Exception):
     """The program cannot start or go on as it was asked to: one line for a person, exit status 1."""
 
 
-def check_number(name: str, value: object, low: float, high: float | None = None, kind: type = int) -> None:
+def check(param: str, value: object, good: object, allowed: str) -> None:
+    """Refuse a value that is not `good`, which is `allowed` in words."""
+    if not good:
+        given = f"a list of {len(value)}" if isinstance(value, list | tuple) else json.dumps(value, default=repr)[:40]
+        raise RequestError(f"{param} must be {allowed}, not {given}", param)
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, kind: type = int) -> None:
     """Refuse what is no number from `low` to `high`, or no whole one if `kind` is int; True is none here."""
-    kinds = (int,) if kind is int else (int, float)
-    if type(value) not in kinds or not low <= value <= (math.inf if high is None else high):
-        allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        whole = "whole number" if kind is int else "number"
-        raise RequestError(f"{name} must be a {whole} {allowed}, not {json.dumps(value, default=repr)[:40]}", name)
+    good = type(value) in (int, kind) and low <= value <= high
+    allowed = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+    check(name, value, good, f"a {'whole ' if kind is int else ''}number {allowed}")
 
 
 def check_text(param: str, text: object, longest: int | None = None) -> None:
     """Refuse what is no string, is empty, has over `longest` characters or cannot be written as UTF-8."""
-    if not isinstance(text, str):
-        raise RequestError(f"{param} must be a string, not {kind_of(text)}", param)
+    check(param, text, isinstance(text, str), "a string")
     if not text:
         raise RequestError(f"{param} is empty", param)
     if longest and len(text) > longest:
@@ -74,14 +82,7 @@ def check_text(param: str, text: object, longest: int | None = None) -> None:
 
 def check_texts(param: str, texts: object, least: int, most: int, longest: int | None = None) -> None:
     """Refuse what is no list of `least` to `most` strings."""
-    if not isinstance(texts, list | tuple) or not least <= len(texts) <= most:
-        given = len(texts) if isinstance(texts, list | tuple) else kind_of(texts)
-        raise RequestError(f"{param} must be a string or a list of {least} to {most}, not {given}", param)
+    good = isinstance(texts, list | tuple) and least <= len(texts) <= most
+    check(param, texts, good, f"a string or a list of {least} to {most}")
     for i, text in enumerate(texts):
         check_text(f"{param}[{i}]", text, longest)
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is called in a message."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -3,19 +3,24 @@
 Knows nothing of tokens' text or of the model. Size and kind are checked on the header, before decoding.
 """
 
+import ctypes
 import hashlib
 import io
 import math
 import os
-import threading
+import re
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import RequestError
+from .request import image_bytes
 
 SIDE = 336  # pixels of a crop's side, CLIP ViT-L/14-336
 TOKENS = 144  # a crop's tokens: 24 × 24 patches, merged 2 × 2
@@ -25,9 +30,16 @@ MAX_SIDE = 16_384  # pixels
 MAX_ASPECT = 50  # beyond it a picture is a line after the HD transform
 MAX_PIXELS = 16_000_000  # decoded at 3 or 4 bytes, and once more when its mode or orientation changes
 MAX_JPEG_PIXELS = 64_000_000  # phones make 48-megapixel JPEGs, which libjpeg scales down while decoding
-MAX_SCANS = 64  # of a progressive JPEG, which has some 10: each is decoded over the whole picture
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits above are tighter than Pillow's
-DECODES = threading.Semaphore(2)  # two decodes at once bound the memory they take
+MAX_SAMPLES = 96_000_000  # of a progressive JPEG, which are kept at 2 bytes each: 64 megapixels in 4:2:0
+MAX_SCANS = 16  # of such a JPEG, 64 of a smaller one; 10 are usual, and each goes over the whole picture
+MAX_READS = 30_000  # of a file: a million small parts take seconds, the largest PNG in parts of 8 KB is 25,000
+MAX_EXIF = 500_000  # bytes, of which a JPEG holds 65,536 in one piece
+BYTES = (1, 2, 6, 7)  # those types of a TIFF's tags that may be long
+# What is wrong with a picture is told to its sender; Pillow and libtiff would print it as well.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+TiffImagePlugin.logger.disabled = True
+with suppress(AttributeError):  # a Pillow without libtiff, or with a static one
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 # OpenAI's CLIP statistics, RGB, the same in every Phi-3-vision preprocessor_config.json
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -69,37 +81,61 @@ def hd_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
     return size
 
 
-def load(source) -> Image.Image:
-    """An upright RGB picture on white from bytes, a path, a PIL image; raises RequestError or, for a path, OSError."""
-    if isinstance(source, Image.Image):
-        _check_size(*source.size, MAX_JPEG_PIXELS)
-        return _to_rgb(source)
-    if isinstance(source, str | os.PathLike):
-        source = Path(source).read_bytes()
-    if not isinstance(source, bytes | bytearray | memoryview):
-        raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
-    try:
-        with Image.open(io.BytesIO(source), formats=FORMATS) as image:
-            is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a second picture behind the first
-            if is_jpeg and bytes(source).count(b"\xff\xda") > MAX_SCANS:
-                raise RequestError(f"the JPEG has more than {MAX_SCANS} scans: save it again without progressive mode")
-            _check_size(*image.size, MAX_JPEG_PIXELS if is_jpeg else MAX_PIXELS)
-            if is_jpeg and math.prod(image.size) > MAX_PIXELS:
+class Header:
+    """A picture of which the header was checked, and nothing is decoded: bytes, a path, a data: URL or a PIL image.
+
+    `tokens` are its image slots, `pixels` those of the file. Raises RequestError or, for a path, OSError.
+    """
+
+    def __init__(self, source, num_crops: int, param: str = "images"):
+        if isinstance(source, str) and source[:5].lower() == "data:":
+            source = image_bytes(source, param)
+        elif isinstance(source, str | os.PathLike):
+            source = Path(source).read_bytes()
+        if not isinstance(source, bytes | bytearray | memoryview | Image.Image):
+            raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
+        self._num_crops, self._param = num_crops, param
+        with _told(param):
+            self._image = image = source if isinstance(source, Image.Image) else _open(bytes(source))
+            may_be_large = image is source or image.format in ("JPEG", "MPO")  # MPO: a JPEG with a second one behind it
+            _check_size(*image.size, MAX_JPEG_PIXELS if may_be_large else MAX_PIXELS)
+            self.pixels = math.prod(image.size)
+            if image is not source and self.pixels > MAX_PIXELS:
                 image.draft("RGB", (image.width // 2, image.height // 2))  # changes pixels, so only when it must
-            with DECODES:
-                return _to_rgb(image)
-    except RequestError:
+            lies = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # not a PNG's own getexif, which decodes it
+            self._size = image.size[::-1] if lies and image.format != "TIFF" else image.size  # a TIFF's says it already
+            width, height = hd_size(max(self._size), min(self._size), num_crops)
+            grid = math.ceil(height / SIDE), width // SIDE
+            self.tokens = token_count(*grid if self._size[0] >= self._size[1] else grid[::-1])
+
+    def crops(self) -> Crops:
+        """Decode and cut it, once only: what is decoded is not kept, and each copy of it has 64 MB."""
+        image, self._image = self._image, None
+        with _told(self._param):
+            image.seek(0)  # the first frame of an animation
+            image = ImageOps.exif_transpose(image)  # a phone's photo lies on its side until this is applied
+            if image.size != self._size:
+                raise RequestError("the picture says in two places how it lies, and not the same: save it again")
+            image = _to_rgb(image)
+        return process(image, self._num_crops)
+
+
+@contextmanager
+def _told(param: str) -> Iterator[None]:
+    """Pillow's decoders raise whatever the bytes lead them to, and its words may leak addresses."""
+    try:
+        yield
+    except MemoryError:
         raise
-    except Image.DecompressionBombError:  # over twice what Pillow itself finds safe
-        raise RequestError(f"the picture has far over {MAX_JPEG_PIXELS / 1e6:.0f} megapixels") from None
-    except UnidentifiedImageError:
-        if bytes(source[4:8]) == b"ftyp":
-            reason = "HEIC and AVIF pictures are not read: send JPEG or PNG (an iPhone does with 'Most Compatible')"
-        else:
+    except Exception as error:
+        reason = "the picture cannot be decoded: it is damaged or cut off"
+        if isinstance(error, RequestError):
+            reason = error.message
+        elif isinstance(error, UnidentifiedImageError):
             reason = f"the picture is none of {', '.join(FORMATS)}"
-        raise RequestError(reason) from None
-    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to; its words may leak addresses
-        raise RequestError("the picture cannot be decoded: it is damaged or cut off") from error
+        elif isinstance(error, Image.DecompressionBombError):  # over twice what Pillow itself finds safe
+            reason = f"the picture has far over {MAX_JPEG_PIXELS / 1e6:.0f} megapixels"
+        raise RequestError(f"{param}: {reason}", param) from error
 
 
 def process(image: Image.Image, num_crops: int) -> Crops:
@@ -142,9 +178,43 @@ def _bicubic(size: int) -> tuple[np.ndarray, np.ndarray]:
     return taps.clip(0, size - 1).astype(int), weights
 
 
+class _File(io.BytesIO):
+    reads = 0
+
+    def read(self, *size: int) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise RequestError("the picture's file is in too many parts: save it again")
+        return super().read(*size)
+
+
+def _open(source: bytes) -> Image.Image:
+    if source[4:8] == b"ftyp":
+        raise RequestError("HEIC and AVIF pictures are not read: send JPEG (an iPhone does with 'Most Compatible')")
+    if source[:2] in (b"II", b"MM"):  # a TIFF: Pillow makes an object of each number, strip, tile, colour
+        order = "<" if source[:2] == b"II" else ">"
+        (at,) = struct.unpack_from(order + "I", source, 4)
+        (tags,) = struct.unpack_from(order + "H", source, at)
+        numbers = struct.iter_unpack(order + "HHII", source[at + 2 : at + 2 + 12 * tags])
+        long = (tag in (273, 320, 324, 339) or kind not in BYTES for tag, kind, count, _ in numbers if count > MAX_SIDE)
+        if b"+" in source[2:4] or any(long):
+            raise RequestError(f"the TIFF is a BigTIFF, or has over {MAX_SIDE:,} strips: save it again")
+    image = Image.open(_File(source), formats=FORMATS)
+    if image.format in ("JPEG", "MPO"):
+        (_, across, down, _), *_ = image.layer
+        samples = math.prod(image.size) * sum(h * v for _, h, v, _ in image.layer) / (across * down)
+        scans = source.count(b"\xff\xda", image.fp.tell()) + 1  # a JPEG's header ends with the first
+        if scans > 1 and max(scans, MAX_SCANS) * max(samples, MAX_SAMPLES / 4) > MAX_SCANS * MAX_SAMPLES:
+            work = f"{scans} scans of {samples / 1e6:.0f} million samples"
+            raise RequestError(f"the JPEG has {work}, too many: save it again without progressive mode")
+    elif image.format == "PNG" and (behind := re.search(rb"eXIf(?=II\*\0|MM\0\*)", source)):
+        image.info.setdefault("exif", source[behind.end() :][:MAX_EXIF])  # it may say how it lies behind the pixels
+    if len(image.info.get("exif") or b"") > MAX_EXIF:
+        raise RequestError(f"the picture's EXIF has over {MAX_EXIF:,} bytes: save it again")
+    return image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.seek(0)  # the first frame of an animation
-    image = ImageOps.exif_transpose(image)  # a phone's photo lies on its side until its orientation is applied
     if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -160,6 +230,6 @@ def _check_size(width: int, height: int, most: int) -> None:
     if not (1 <= min(width, height) and max(width, height) <= MAX_SIDE):
         raise RequestError(f"a picture's sides may have 1 to {MAX_SIDE} pixels, not {width}×{height}")
     if width * height > most:
-        raise RequestError(f"the picture has {width * height / 1e6:.0f} megapixels, at most {most / 1e6:.0f} may be")
+        raise RequestError(f"the picture has {width * height:,} pixels, at most {most:,} may be")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RequestError(f"a picture may be {MAX_ASPECT} times as long as wide, not {width}×{height}")

@@ -29,10 +29,10 @@ class KVCache:
         self.values: list[mx.array | None] = [None] * layers
         self.lengths, self.slots, self.capacity = [0], 1, 0
 
-    def reserve(self, columns: int) -> None:
-        """Have room for so many columns in every row."""
+    def reserve(self, columns: int, grow: int = 1) -> None:
+        """Have room for so many columns in every row, and up to a multiple of `grow` where it is to be made."""
         if columns > self.capacity:
-            self._resize(self.slots, columns)
+            self._resize(self.slots, -(-columns // grow) * grow)
 
     def append(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write (rows, kv_heads, n, head_dim) behind each row's length; returns the rows as far as any is filled.
@@ -150,8 +150,7 @@ class Part:
     def __init__(self, cache: KVCache, columns: int, long: bool, count: int | None = None):
         self.cache, self.columns, self.long, self.count = cache, columns, long, count or columns
         need = max(cache.lengths) + columns
-        if need > cache.capacity:
-            cache.reserve(-(-need // GROW) * GROW)
+        cache.reserve(need, GROW)
         self.tokens = len(cache.lengths) * columns
         self.fused = columns == 1 and kernel.takes(cache.keys[0])
         if self.fused:

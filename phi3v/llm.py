@@ -6,9 +6,10 @@ Knows nothing of HTTP or JSON. Pictures are decoded and tokens become text on th
 import json
 import logging
 import re
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -19,12 +20,13 @@ from . import __version__, images, model
 from .cache import shared_length
 from .engine import Engine
 from .errors import RequestError, SetupError, check_text
-from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, image_bytes, question
+from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt
 from .tokenizer import Decoder, Parts, Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 
+PLACES = 2  # requests whose pictures are decoded at once
 log = logging.getLogger("phi3v")
 
 
@@ -46,6 +48,9 @@ class LLM(AbstractContextManager):
         self._end_ids = self.tokenizer.end_ids | ends
         self._folder, self._engine = folder, Engine(partial(model.load, folder, self.config), **limits)
         self.stats = self._engine.stats
+        self._moved = threading.Condition()  # guards these two: the owners of what is decoded, and of what is to be
+        self._decoding: list[str] = []
+        self._wanting: list[str] = []
         self.limits = self._engine.limits  # what runs at once, waits, fits and is kept; complete once it is loaded
 
     def __exit__(self, *_) -> None:
@@ -92,62 +97,94 @@ class LLM(AbstractContextManager):
             chats.append(question(text, [Picture(source, f"{where}[{k}]") for k, source in enumerate(sources)]))
         return self.answer(Request(chats, SamplingParams(**params)))
 
-    def answer(self, request: Request, owner: str = "", patience: float | None = None) -> "Deltas":
+    def answer(
+        self, request: Request, owner: str = "", patience: float | None = None, check: Callable[[], None] = bool
+    ) -> "Deltas":
         """Queue all prompts of a request, then return its Deltas. Raises RequestError, Unavailable among them.
 
-        What is kept is used for the same owner only. After `patience` seconds of silence there is a None for a Delta.
+        What is kept is the owner's own. With `patience`, so many seconds of silence, or a token unseen, are a None.
+        `check` is called now and then until it returns, and may raise when nobody wants the answer any more.
         """
         params, prompts, decoders, counts = request.params, [], [], []
-        for chat in request.chats:
-            crops = [self._crops(picture, params) for picture in chat.pictures]
+        num_crops = params.num_crops or self._num_crops
+        opened = [
+            [images.Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats
+        ]
+        pixels = sum(header.pixels for headers in opened for header in headers)
+        if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
+            message = f"the pictures have {pixels:,} pixels in all, at most {images.MAX_JPEG_PIXELS:,} may be"
+            raise RequestError(message, "messages" if request.clamp else "images")
+        for chat, pictures in zip(request.chats, opened, strict=True):
             parts = self.tokenizer.chat(chat.messages)
             if params.choices:
-                mine, length = self._choices(parts, crops, request, owner)
+                mine, length = self._choices(parts, pictures, request, owner, check)
                 prompts += mine
                 counts += [(length, len(p.ids) - length) for p in mine]
                 continue
-            ids = self._encode(parts, crops, request)
+            ids = self._encode(parts, pictures, request)
             most = self._room(len(ids), request)
             goes_on = chat.messages[-1][0] == "assistant" and bool(chat.messages[-1][1])
             for branch in range(params.n):
-                prompts.append(Prompt(ids, crops, most, self._end_ids, owner, params, branch))
+                prompts.append(Prompt(ids, pictures, most, self._end_ids, owner, params, branch))
                 decoders.append(self.tokenizer.decoder(params.stop, goes_on))
-        generation = self._engine.submit(prompts, patience)
-        if params.choices:
-            return Deltas(generation, _chosen(generation, counts, params.choices))
-        return Deltas(generation, _pieces(generation, [len(p.ids) for p in prompts], decoders))
+        self._engine.check(prompts)
+        with self._place_to_decode(owner, check) if pixels else nullcontext():
+            self._engine.check(prompts)  # it may have waited for long
+            for headers in opened:  # the prompts have these lists; none was refused, so now their pictures are decoded
+                for k, header in enumerate(headers):
+                    check()
+                    headers[k] = header.crops()
+            generation = self._engine.submit(prompts, patience)
+        chosen = params.choices and _chosen(generation, counts, params.choices)
+        pieces = chosen or _pieces(generation, [len(p.ids) for p in prompts], decoders)
+        return Deltas(generation, filter(None, pieces) if patience is None else pieces)
 
     def close(self) -> None:
         """Free the model; requests that still run fail."""
         self._engine.close()
 
-    def _crops(self, picture: Picture, params: SamplingParams) -> images.Crops:
-        source, most = picture.source, picture.num_crops or params.num_crops or self._num_crops
+    @contextmanager
+    def _place_to_decode(self, owner: str, check: Callable[[], None]) -> Iterator[None]:
+        """One of PLACES, since what is decoded takes much memory; an owner who has one lets others go first."""
+        with self._moved:
+            self._wanting.append(owner)
+            try:
+                while len(self._decoding) >= PLACES or (owner in self._decoding and {*self._wanting} != {owner}):
+                    self._moved.wait(0.05)
+                    check()
+                self._decoding.append(owner)
+            finally:
+                self._wanting.remove(owner)
         try:
-            is_url = isinstance(source, str) and source[:5].lower() == "data:"
-            return images.process(images.load(image_bytes(source) if is_url else source), most)
-        except RequestError as error:
-            raise RequestError(f"{picture.param}: {error.message}", picture.param) from error.__cause__
+            yield
+        finally:
+            with self._moved:
+                self._decoding.remove(owner)
+                self._moved.notify_all()
 
-    def _encode(self, parts: Parts, crops: list[images.Crops], request: Request) -> list[int]:
+    def _encode(self, parts: Parts, pictures: list[images.Header], request: Request) -> list[int]:
         try:
-            return self.tokenizer.encode(parts, [c.tokens for c in crops], self._context())
+            return self.tokenizer.encode(parts, [p.tokens for p in pictures], self._context())
         except RequestError as error:
             raise RequestError(error.message, "messages" if request.clamp else error.param) from None
 
-    def _choices(self, parts: Parts, crops: list, request: Request, owner: str) -> tuple[list[Prompt], int]:
+    def _choices(
+        self, parts: Parts, pictures: list[images.Header], request: Request, owner: str, check: Callable
+    ) -> tuple[list[Prompt], int]:
         """A prompt for each choice, its targets what it adds to what all share, and the end; and the tokens without."""
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)
-        ids, ends = self._encode(parts[: turn + 1], crops, request), []
-        length = len(ids) + len(self._encode(parts[turn:], crops, request)[2:])
-        for choice in request.params.choices:  # only the last turn is encoded again, since a choice may go on in it
-            ends.append(self._encode([*parts[turn:], choice], crops, request)[2:])
+        ids, ends = self._encode(parts[: turn + 1], pictures, request), []
+        length = len(ids) + len(self._encode(parts[turn:], pictures, request)[2:])
+        for choice in request.params.choices:
+            check()
+            # Only the last turn is encoded again, since a choice may go on in it.
+            ends.append(self._encode([*parts[turn:], choice], pictures, request)[2:])
             self._room(len(ids) + len(ends[-1]), request)
         if len(set(map(tuple, ends))) < len(ends):
             raise RequestError("two of the choices are the same tokens: they differ in leading space only", "choices")
         shared = min(shared_length(np.array(ends[0]), np.array(end)) for end in ends)
         last, rest = self.tokenizer.special["<|end|>"], {"owner": owner, "params": request.params}
-        return [Prompt(ids + end, crops, 1, targets=(*end[shared:], last), **rest) for end in ends], length
+        return [Prompt(ids + end, pictures, 1, targets=(*end[shared:], last), **rest) for end in ends], length
 
     def _context(self) -> int:
         """The most tokens of a prompt and its answer: what the model takes, and this machine's memory."""
@@ -185,7 +222,7 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
     made, running = [0] * len(lengths), set(range(len(lengths)))
     for item in generation:
         if item is None or item[0] not in running:
-            yield from () if item else (None,)
+            yield None
             continue
         index, token, reason = item
         decoder, known = decoders[index], generation.logprobs[index]
@@ -195,9 +232,8 @@ def _pieces(generation: Generation, lengths: list[int], decoders: list[Decoder])
         if decoder.stopped:
             generation.cancel(index)
             reason = "stop"
-        if text or reason:
-            counts = lengths[index], made[index], generation.cached[index]
-            yield Delta(index, text, reason, *counts, decoder.logprobs())
+        counts = lengths[index], made[index], generation.cached[index]
+        yield Delta(index, text, reason, *counts, decoder.logprobs()) if text or reason else None
         if reason:
             running.discard(index)
         if not running:
@@ -214,9 +250,11 @@ def _chosen(generation: Generation, counts: list[tuple], choices: tuple[str, ...
         chat = item[0] // len(choices)
         left[chat] -= 1
         cancelled |= {chat} if item[2] == "cancelled" else set()
-        if not left[chat] and chat in cancelled:
+        if left[chat]:
+            yield None
+        elif chat in cancelled:
             yield Delta(chat, "", "cancelled")
-        elif not left[chat]:
+        else:
             mine = slice(chat * len(choices), (chat + 1) * len(choices))
             scores = np.array(generation.scores[mine])
             shares = np.exp(scores - np.logaddexp.reduce(scores)).tolist()

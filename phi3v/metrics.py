@@ -12,7 +12,8 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HELP = {
     "requests_total": "Requests answered, by route and HTTP status.",
-    "refusals_total": "Requests refused, by type of error.",
+    "refusals_total": "Requests refused or broken off, by type of error.",
+    "turned_away_total": "Connections that were one too many.",
     "prompt_tokens_total": "Tokens of the prompts that were answered.",
     "completion_tokens_total": "Tokens made.",
     "cached_tokens_total": "Tokens of prompts that were not read again.",

@@ -196,10 +196,7 @@ def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:
         return {"bits": 32 * tensors[f"{path}.weight"].shape[-1] // width, "group_size": width // scales.shape[-1]}
 
     if any(name.endswith(".scales") for name in tensors):
-        try:
-            nn.quantize(model, class_predicate=parameters)
-        except ValueError as error:
-            raise SetupError(f"{folder}: this quantisation is not supported by MLX: {error}") from None
+        nn.quantize(model, class_predicate=parameters)
 
 
 def _check_names(wanted: dict[str, mx.array], tensors: dict[str, mx.array], layers_used: int, folder: Path) -> None:

@@ -4,12 +4,13 @@ Pure functions: knows nothing of sockets, of keys or of the model.
 """
 
 import json
+import math
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from datetime import UTC, datetime
 
-from .errors import RequestError, check_number, check_text, check_texts, kind_of
+from .errors import RequestError, check, check_number, check_text, check_texts
 from .request import DEFAULT_MAX_TOKENS, Chat, Delta, Picture, Request, SamplingParams, image_bytes, question
 
 MODEL = "phi-3-vision"  # the documented name, whatever checkpoint answers
@@ -19,6 +20,7 @@ MAX_IMAGES = 16  # pictures of one prompt; at 2,509 tokens each they fill a thir
 MAX_PICTURES = 32  # of one request: each is up to 23 MB of crops until its turn comes
 MAX_DEPTH = 32  # of the JSON; ours needs 6
 MAX_MARKS = 500_000  # brackets, commas and colons: twenty megabytes of them would hold up everybody for a second
+MAX_DIGITS = 400  # of a number: the longest float has 309 before its point, and long ones cost their square
 ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant"}
 # Fields that would change the answer and are not there: what they may hold because it changes nothing.
 UNSUPPORTED = {
@@ -43,17 +45,17 @@ def parse_json(raw: bytes) -> dict:
     if sum(map(raw.count, (b"{", b"[", b",", b":"))) > MAX_MARKS:
         raise RequestError(f"the body has over {MAX_MARKS:,} brackets, commas and colons")
     try:
-        body = json.loads(raw.decode("utf-8"), parse_float=_real, parse_constant=_no_constant)
+        body = json.loads(raw.decode("utf-8"), parse_float=_real, parse_int=_whole, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise RequestError("the body is not UTF-8") from None
     except RecursionError:
         raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except json.JSONDecodeError as error:
         raise RequestError(f"the body is not JSON from line {error.lineno} column {error.colno} on") from None
-    except ValueError:  # _no_constant, and integers of over 4,300 digits
+    except ValueError:
         raise RequestError("the body holds a number that is none, or too long") from None
     if not isinstance(body, dict):
-        raise RequestError(f"the body must be a JSON object, not {kind_of(body)}")
+        raise RequestError("the body is JSON, but not an object")
     level = [body]
     for _ in range(MAX_DEPTH):
         inside = (v for node in level for v in (node.values() if isinstance(node, dict) else node))
@@ -68,15 +70,14 @@ def parse_completion(body: dict, max_tokens: int) -> Request:
     prompt, images = body.get("prompt"), body.get("images")
     several = isinstance(prompt, list)
     prompts = prompt if several else [prompt]
-    if prompt is None:
-        raise RequestError("prompt is missing: a string, or a list of strings", "prompt")
+    check("prompt", prompt, prompt is not None, "a string or a list of strings")
     if several:
         check_texts("prompt", prompts, 1, MAX_PROMPTS)
     else:
         check_text("prompt", prompt)
-    if several and images is not None and (not isinstance(images, list) or len(images) != len(prompts)):
-        given = len(images) if isinstance(images, list) else kind_of(images)
-        raise RequestError(f"images must be a list of {len(prompts)} lists, one for each prompt, not {given}", "images")
+    if several and images is not None:
+        good = isinstance(images, list) and len(images) == len(prompts)
+        check("images", images, good, f"a list of {len(prompts)} lists, one for each prompt")
     rows = [[]] * len(prompts) if images is None else images if several else [images]
     pictures = [_images(row, f"images[{i}]" if several else "images") for i, row in enumerate(rows)]
     if sum(map(len, pictures)) > MAX_PICTURES:
@@ -92,12 +93,10 @@ def parse_completion(body: dict, max_tokens: int) -> Request:
 def parse_chat(body: dict, max_tokens: int) -> Request:
     """The body of /v1/chat/completions; a larger limit of tokens than `max_tokens` is cut to it."""
     messages, parsed, pictures = body.get("messages"), [], []
-    if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES:
-        given = len(messages) if isinstance(messages, list) else kind_of(messages)
-        raise RequestError(f"messages must be a list of 1 to {MAX_MESSAGES}, not {given}", "messages")
+    good = isinstance(messages, list) and 1 <= len(messages) <= MAX_MESSAGES
+    check("messages", messages, good, f"a list of 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RequestError(f"messages[{i}] must be an object, not {kind_of(message)}", f"messages[{i}]")
+        check(f"messages[{i}]", message, isinstance(message, dict), "an object")
         role = _one_of(message.get("role"), ROLES, f"messages[{i}].role")
         parsed.append((ROLES[role], _content(message.get("content"), role, f"messages[{i}].content", pictures)))
     if len(pictures) > MAX_IMAGES:
@@ -113,8 +112,7 @@ def parse_chat(body: dict, max_tokens: int) -> Request:
 def streaming(body: dict) -> tuple[bool, bool]:
     """Whether the answer is wanted as it is made, and its token counts at the end of that."""
     options = {} if body.get("stream_options") is None else body["stream_options"]
-    if not isinstance(options, dict):
-        raise RequestError(f"stream_options must be an object, not {kind_of(options)}", "stream_options")
+    check("stream_options", options, isinstance(options, dict), "an object")
     return _flag(body, "stream"), _flag(options, "include_usage", "stream_options.")
 
 
@@ -150,10 +148,10 @@ class Answer:
         whole = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return whole | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    def whole(self, deltas: Iterable[Delta]) -> dict:
+    def whole(self, deltas: Iterable[Delta | None]) -> dict:
         """The reply; /v1/completions has the documented fields beside those of OpenAI's clients."""
         texts, logprobs = [""] * self._count, [[] for _ in range(self._count)]
-        for delta in deltas:
+        for delta in filter(None, deltas):
             self._last[delta.index] = delta
             texts[delta.index] += delta.text
             logprobs[delta.index] += delta.logprobs
@@ -197,24 +195,21 @@ class Answer:
         if logprobs and self._chat:
             shown = {"content": [_chat_logprob(entry) for entry in logprobs], "refusal": None}
         elif logprobs:
-            shown = self._completion_logprobs(logprobs)
+            shown = {
+                "tokens": [_shown(entry.token) for entry in logprobs],
+                "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
+                # Of alternatives that read the same, the best counts.
+                "top_logprobs": [{_shown(token): _finite(value) for token, value in e.top[::-1]} for e in logprobs],
+                "text_offset": [entry.start for entry in logprobs],
+            }
         elif delta.scores:
             shown = ({"content": None} if self._chat else {}) | {"scores": delta.scores}
         return {"index": delta.index, **body, "logprobs": shown, "finish_reason": delta.finish_reason}
 
-    def _completion_logprobs(self, logprobs: list) -> dict:
-        """The shape of /v1/completions; of alternatives that read the same, the best counts."""
-        return {
-            "tokens": [_shown(entry.token) for entry in logprobs],
-            "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
-            "top_logprobs": [{_shown(token): _finite(value) for token, value in entry.top[::-1]} for entry in logprobs],
-            "text_offset": [entry.start for entry in logprobs],
-        }
 
-
-def error(status: int, message: str, kind: str, param: str | None = None) -> dict:
+def error(e: RequestError) -> dict:
     """The documented error, with the two fields that OpenAI's clients show."""
-    return {"error": {"code": str(status), "message": message, "type": kind, "param": param}}
+    return {"error": {"code": str(e.status), "message": e.message, "type": e.type, "param": e.param}}
 
 
 def render(body: dict) -> bytes:
@@ -245,13 +240,11 @@ def _content(content, role: str, param: str, pictures: list[Picture]) -> list[st
     if isinstance(content, str):
         check_text(param, content)
         return [content]
-    if not isinstance(content, list) or not content:
-        raise RequestError(f"{param} must be a string or a list of parts, not {kind_of(content)}", param)
+    check(param, content, content and isinstance(content, list), "a string or a list of parts")
     parts: list[str | int] = []
     for i, part in enumerate(content):
         where = f"{param}[{i}]"
-        if not isinstance(part, dict):
-            raise RequestError(f"{where} must be an object, not {kind_of(part)}", where)
+        check(where, part, isinstance(part, dict), "an object")
         kind = _one_of(part.get("type"), ("text", "image_url", "input_image"), f"{where}.type")
         if kind == "text":
             if part.get("text") != "":
@@ -269,16 +262,13 @@ def _content(content, role: str, param: str, pictures: list[Picture]) -> list[st
 
 
 def _images(images, param: str) -> list[Picture]:
-    if not isinstance(images, list):
-        raise RequestError(f"{param} must be a list of pictures (data: URLs or base64), not {kind_of(images)}", param)
-    if len(images) > MAX_IMAGES:
-        raise RequestError(f"{param} has {len(images)} pictures, at most {MAX_IMAGES} are allowed", param)
+    good = isinstance(images, list) and len(images) <= MAX_IMAGES
+    check(param, images, good, f"a list of at most {MAX_IMAGES} pictures (data: URLs or base64)")
     return [_picture(image, f"{param}[{i}]") for i, image in enumerate(images)]
 
 
 def _picture(image, where: str, num_crops: int | None = None) -> Picture:
-    if not isinstance(image, str):
-        raise RequestError(f"{where} must be a data: URL or base64, not {kind_of(image)}", where)
+    check(where, image, isinstance(image, str), "a data: URL or base64")
     return Picture(image_bytes(image, where), where, num_crops)
 
 
@@ -300,7 +290,7 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # JSON has no infinity
 
 
-def _check_number(body: dict, name: str, low: int, high: int | None = None) -> bool:
+def _check_number(body: dict, name: str, low: int, high: float = math.inf) -> bool:
     """Whether a whole number is given; refuses anything else."""
     if body.get(name) is not None:
         check_number(name, body[name], low, high)
@@ -309,22 +299,25 @@ def _check_number(body: dict, name: str, low: int, high: int | None = None) -> b
 
 def _flag(body: dict, name: str, where: str = "") -> bool:
     value = body.get(name)
-    if not isinstance(value, bool | None):
-        raise RequestError(f"{where}{name} must be true or false, not {kind_of(value)}", where + name)
+    check(where + name, value, isinstance(value, bool | None), "true or false")
     return bool(value)
 
 
 def _one_of(value, allowed: Iterable[str], param: str) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        given = json.dumps(value)[:40] if isinstance(value, str) else kind_of(value)
-        raise RequestError(f"{param} must be one of {', '.join(allowed)}, not {given}", param)
+    check(param, value, isinstance(value, str) and value in allowed, f"one of {', '.join(allowed)}")
     return value
 
 
 def _real(text: str) -> int | float:
     """A number with a point; 5.0 is a whole one, as in JSON Schema: not every client can write 5."""
-    value = float(text)
+    value = float(text[:MAX_DIGITS])
+    if len(text) > MAX_DIGITS or math.isinf(value):
+        raise ValueError("too long or too large")
     return int(value) if value.is_integer() else value
+
+
+def _whole(text: str) -> int:
+    return int(text if len(text) <= MAX_DIGITS else "")  # which is a ValueError, too
 
 
 def _no_constant(name: str):

@@ -19,12 +19,8 @@ MAX_CHOICE, MAX_STOP = 1024, 256  # characters of one
 IMAGE_TAG = re.compile(r"<\|image_([0-9]{1,9})\|>")
 
 
-def _number(default, low, high, kind=float):
-    return field(default=default, metadata={"low": low, "high": high, "kind": kind})
-
-
-def _texts(least: int, most: int, longest: int):
-    return field(default=(), metadata={"least": least, "most": most, "longest": longest})
+def _option(default, **bounds):
+    return field(default=default, metadata=bounds)  # those of check_number or of check_texts
 
 
 @dataclass(frozen=True)
@@ -37,27 +33,27 @@ class SamplingParams:
     log-probabilities. `n` answers are made to each prompt; with `choices` it is the most probable of them.
     """
 
-    max_tokens: int | None = _number(None, 1, None, int)
-    num_crops: int | None = _number(None, 1, MAX_CROPS, int)
-    temperature: float = _number(0.0, 0, 2)
-    top_p: float = _number(1.0, 0, 1)
-    top_k: int = _number(0, 0, 1_000_000, int)
-    min_p: float = _number(0.0, 0, 1)
-    repetition_penalty: float = _number(1.0, 0.1, 10)
-    presence_penalty: float = _number(0.0, -2, 2)
-    frequency_penalty: float = _number(0.0, -2, 2)
-    seed: int | None = _number(None, -(2**63), 2**63 - 1, int)
-    n: int = _number(1, 1, 8, int)
-    logprobs: int | None = _number(None, 0, 20, int)
-    stop: tuple[str, ...] = _texts(0, MAX_STOPS, MAX_STOP)
-    choices: tuple[str, ...] = _texts(1, MAX_CHOICES, MAX_CHOICE)
+    max_tokens: int | None = _option(None, low=1)
+    num_crops: int | None = _option(None, low=1, high=MAX_CROPS)
+    temperature: float = _option(0.0, low=0, high=2, kind=float)
+    top_p: float = _option(1.0, low=0, high=1, kind=float)
+    top_k: int = _option(0, low=0, high=1_000_000)
+    min_p: float = _option(0.0, low=0, high=1, kind=float)
+    repetition_penalty: float = _option(1.0, low=0.1, high=10, kind=float)
+    presence_penalty: float = _option(0.0, low=-2, high=2, kind=float)
+    frequency_penalty: float = _option(0.0, low=-2, high=2, kind=float)
+    seed: int | None = _option(None, low=-(2**63), high=2**63 - 1)
+    n: int = _option(1, low=1, high=8)
+    logprobs: int | None = _option(None, low=0, high=20)
+    stop: tuple[str, ...] = _option((), least=0, most=MAX_STOPS, longest=MAX_STOP)
+    choices: tuple[str, ...] = _option((), least=1, most=MAX_CHOICES, longest=MAX_CHOICE)
 
     def __post_init__(self):
         for option in fields(self):
             value = getattr(self, option.name)
             if value is None or value is option.default:
                 value = option.default
-            elif "kind" in option.metadata:
+            elif "low" in option.metadata:
                 check_number(option.name, value, **option.metadata)
             else:
                 value = (value,) if isinstance(value, str) else value

@@ -16,16 +16,18 @@ COLDEST = 1e-3  # a lower temperature would overflow float32, and is greedy as i
 
 
 class Sampler:
-    """How the tokens of one sequence are chosen; `branch` tells the `n` answers to one prompt apart."""
+    """How the tokens of one sequence are chosen, behind those it `made`; `branch` tells `n` answers to one apart."""
 
-    def __init__(self, params: SamplingParams, prompt: np.ndarray, branch: int = 0):
+    def __init__(self, params: SamplingParams, prompt: np.ndarray, branch: int = 0, made: tuple[int, ...] = ()):
         self.params = params
         self.drawn = params.temperature > 0
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self.penalized = penalties != (1, 0, 0)
         # Seeded by text, Python's generator promises the same numbers in every version.
         self._random = random.Random(None if params.seed is None else f"{params.seed}/{branch}")
-        self._prompt, self._counts = prompt, None
+        self._prompt, self._made, self._counts = prompt, np.array(made, int), None
+        for _ in made if self.drawn else ():
+            self.uniform()
 
     def uniform(self) -> float:
         """The next random number: a sequence takes one for each token, at the temperature 0 none."""
@@ -36,7 +38,8 @@ class Sampler:
         if self._counts is None:
             here = np.zeros(vocabulary, bool)
             here[self._prompt[self._prompt >= 0]] = True
-            self._prompt, self._counts = mx.array(here), mx.zeros(vocabulary)
+            made = np.bincount(self._made, minlength=vocabulary)
+            self._prompt, self._counts = mx.array(here), mx.array(made, mx.float32)
         return self._counts, self._prompt
 
     def count(self, token: mx.array) -> None:

@@ -81,16 +81,20 @@ class Sequence:
 
     def __init__(self, prompt: Prompt, index: int, generation: Generation):
         self.prompt, self.images = replace(prompt, images=[]), list(prompt.images)  # these lose their pixels once read
-        self.index, self.generation = index, generation
+        self.index, self.generation, self.done = index, generation, False
         self.arrived, self.most = time.monotonic(), len(prompt.ids) + prompt.max_tokens
         self.features: list[mx.array | None] = [None] * len(prompt.images)
         self.made: list[int] = []
-        self.flying, self.done = 0, False  # flying: tokens that the model was asked for and that nobody looked at yet
-        self.cache: KVCache | None = None  # its own while it is read, a batch's row later
         self.content = np.array(prompt.ids)  # what is compared with other prompts: digests in the slots of pictures
-        self.sampler = Sampler(prompt.params, self.content.copy(), prompt.branch)
         for k, crops in enumerate(prompt.images, 1):
             self.content[self.content == -k] = crops.digest
+        self.restart(float("inf"))
+
+    def restart(self, together: float) -> None:
+        """Go back to what was delivered, whatever a pass that failed did to the rest; a seed's numbers go back, too."""
+        self.together, self.flying = together, 0  # the most that may run at once; tokens that nobody looked at yet
+        self.cache: KVCache | None = None  # its own while it is read, a batch's row later
+        self.sampler = Sampler(self.prompt.params, self.content, self.prompt.branch, tuple(self.made))
         self.score: mx.array | float = 0.0  # of the targets so far
 
     @property

@@ -37,11 +37,11 @@ subjectAltName = {names}
 """
 
 
-def host_names(host: str = "localhost") -> list[str]:
-    """The names this machine is reached by: localhost, its addresses, its own name, its .local name, `host`."""
+def host_names(*hosts: str) -> list[str]:
+    """The names this machine is reached by: localhost, its addresses, its own name, its .local name, `hosts`."""
     local = public_name("0.0.0.0")
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname().lower(), local.removesuffix(".local"), local]
-    names.append(host.lower().partition("%")[0])  # an IPv6 zone is no part of a certificate's name
+    names += [host.lower().partition("%")[0] for host in hosts]  # an IPv6 zone is no part of a certificate's name
     return [n for n in dict.fromkeys(names) if n and n not in ("0.0.0.0", "::", ".local")]
 
 
@@ -52,7 +52,7 @@ def public_name(host: str) -> str:
     return "localhost" if host in ("127.0.0.1", "::1") else host.lower()
 
 
-def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "localhost") -> list[str]:
+def ensure_certificate(certfile: str | Path, keyfile: str | Path, *hosts: str) -> list[str]:
     """Make the pair if there is none, renew our own expired one, leave any other alone.
 
     Returns what a person should know, one line each. Raises SetupError when there is no usable pair.
@@ -62,20 +62,21 @@ def ensure_certificate(certfile: str | Path, keyfile: str | Path, host: str = "l
         raise SetupError(f"{cert} has no key beside it: put its key at {key}, or move the certificate away")
     if not key.exists():
         _write(key, 0o600, ["ecparam", "-name", "prime256v1", "-genkey", "-noout"])
-    notice = f"made the certificate {cert}, valid for {DAYS} days and {', '.join(host_names(host))}"
+    notice = f"made the certificate {cert}, valid for {DAYS} days and {', '.join(host_names(*hosts))}"
     if cert.exists():
-        (ours, left, names), name = _inspect(cert), public_name(host)
+        ours, left, names = _inspect(cert)
+        lacks = [n for n in map(public_name, hosts) if not {n, "*." + n.partition(".")[2]} & names]
         if left > WARN_SECONDS:
-            if name in names or "*." + name.partition(".")[2] in names:
+            if not lacks:
                 return []
-            advice = f"delete {cert.name} and {key.name} and start again" if ours else "have one made for it"
-            return [f"the certificate {cert} is not valid for {name}, clients will refuse it: {advice}"]
+            advice = f"rm {cert.name} {key.name}, and start again" if ours else "have one made for it"
+            return [f"the certificate {cert} is not valid for {', '.join(lacks)}, clients will refuse it: {advice}"]
         if not ours or left > 0:
             state = f"ends in {left / 86400:.0f} days" if left > 0 else "has expired"
-            advice = f"delete {cert.name} and start again" if ours else "put a new one in its place"
+            advice = f"rm {cert.name}, and start again" if ours else "put a new one in its place"
             return [f"the certificate {cert} {state}: {advice}"]
         notice = f"the certificate {cert} had expired and was made anew: clients have to trust it again"
-    _make_certificate(cert, key, host_names(host))
+    _make_certificate(cert, key, host_names(*hosts))
     return [notice]
 
 
@@ -84,6 +85,7 @@ def server_context(certfile: str | Path, keyfile: str | Path) -> ssl.SSLContext:
     # Not create_default_context: that one honours SSLKEYLOGFILE, which writes the session keys to a file.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # it costs us more than the client who asks for it
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
     try:

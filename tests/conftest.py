@@ -1,10 +1,13 @@
 """Fixtures that several files share; the BLAS is put in place before anything imports MLX."""
 
+import logging
+
 import phi3v
 
 phi3v.fast_blas()
 
 import pytest  # noqa: E402
+from site_under_test import Site  # noqa: E402
 
 from phi3v import tls  # noqa: E402
 
@@ -31,3 +34,14 @@ class Clock:
 @pytest.fixture
 def clock():
     return Clock()
+
+
+@pytest.fixture
+def site(pair, tmp_path, clock, caplog):
+    caplog.set_level(logging.DEBUG, "phi3v")
+    site = Site(pair, tmp_path, clock)
+    logging.getLogger("phi3v").addHandler(site.log)
+    yield site
+    left = site.close()
+    logging.getLogger("phi3v").removeHandler(site.log)
+    assert [r.getMessage() for r in left if r.levelno > logging.INFO] == []  # nothing broke unseen

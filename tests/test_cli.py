@@ -124,6 +124,28 @@ def test_update_and_delete_take_the_key_its_id_or_standard_input(run, key, keys,
         assert (status, out) == (1, "") and re.fullmatch(r"phi3v: no key '.{8,11}' in .*\n", err)
 
 
+def test_rotate_prints_the_new_key_alone_on_stdout_and_what_becomes_of_the_old_one_on_stderr(
+    run, key, keys, monkeypatch
+):
+    run("update", "--key", key, "--rate-limit", "7")
+    before = keys()[0]
+    status, new, err = run("rotate", "--key", key, "--grace", "24h")
+    words = rf"phi3v: that is key {before['id']} \(app\) now, shown only this once; the one before "
+    assert status == 0 and re.fullmatch(r"phi3v_[0-9A-Za-z]{36}\n", new) and new.strip() != key
+    assert re.fullmatch(words + r"ends on 20\d\d-\d\d-\d\d at \d\d:\d\d\n", err) and keys() == [
+        before | {"prefix": new[:10]}
+    ]
+    with closing(KeyStore("keys.db")) as store:
+        assert store.verify(key) == store.verify(new.strip())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(key.encode())))
+    status, newer, err = run("rotate", "--key", "-")  # by the old one, which is still valid
+    assert status == 0 and re.fullmatch(words + r"has ended\n", err) and keys() == [before | {"prefix": newer[:10]}]
+    for ended in (key, new.strip()):
+        status, out, err = run("rotate", "--key", ended)
+        assert (status, out) == (1, "") and re.fullmatch(r"phi3v: no key 'phi3v_.{4}…' in .*\n", err)
+    assert run("delete", "--key", newer.strip())[0] == 0 and keys() == []
+
+
 @pytest.mark.parametrize(("given", "seconds"), [("30m", 1800), ("12h", 43200), ("90d", 90 * DAY), ("never", None)])
 def test_a_key_expires_when_create_and_update_say_so(run, keys, given, seconds):
     before = time.time()
@@ -163,10 +185,17 @@ WRONG_USAGE = [
     "update --rate-limit 5",
     "update --key x --rate-limit 0",
     "update --key x --expires 90",
+    "rotate --grace 24h",
+    "rotate --key x --grace never",
+    "rotate --key x --grace 24",
     "delete",
     "list --all",
     "serve --port x",
     "serve --log-level loud",
+    "serve --allowed-host a.example:8000",
+    "serve --allowed-host https://a.example",
+    "serve --allow-origin a.example",
+    "serve --allow-origin https://a.example/",
     "serve --max-content-length 1TB",
     "serve --max-tokens 0",
     "generate",
@@ -181,6 +210,13 @@ def test_wrong_usage_is_told_on_stderr_with_exit_status_2(run, tmp_path, line):
     status, out, err = run(*line.split())
     assert (status, out) == (2, "") and err.startswith("usage: phi3v") and ": error: " in err.splitlines()[-1]
     assert os.listdir(tmp_path) == []
+
+
+def test_what_the_environment_says_is_held_to_the_same_rules(run, monkeypatch):
+    monkeypatch.setenv("PHI3V_LOG_LEVEL", "loud")
+    status, out, err = run("serve")
+    assert (status, out) == (2, "")
+    assert err.endswith("error: argument --log-level: 'loud' is not debug, info, warning or error\n")
 
 
 def test_no_subcommand_prints_the_help_on_stderr_and_version_and_help_go_to_stdout(run):
@@ -204,7 +240,10 @@ def test_no_subcommand_prints_the_help_on_stderr_and_version_and_help_go_to_stdo
             ["list", "--db", "none.db"],
             r".*/none\.db does not exist; make a first key: phi3v create --name NAME --db .*/none\.db",
         ),
-        (["list", "--db", "text.db"], r".*/text\.db cannot be read \(.+\); restore it from a backup, or .*"),
+        (
+            ["list", "--db", "text.db"],
+            r".*/text\.db cannot be used \(.+\); if it is damaged, restore it from a backup, or .*",
+        ),
         (["generate", "hi", "--image", "none.png"], r"there is no picture none\.png"),
         (["generate", "hi", "--max-tokens", "0"], r"max_tokens must be a whole number of at least 1, not 0"),
         (["generate", "hi", "--model", "none"], r"there is no folder none; try --model demo, the embedded model"),
@@ -251,23 +290,24 @@ def test_a_reader_that_leaves_and_a_key_that_is_no_text_cause_no_traceback(key):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "PORT"], r"cannot listen on 127\.0\.0\.1 port \d+: Address already in use"),
+        (
+            ["--port", "PORT"],
+            r"cannot listen on 127\.0\.0\.1 port \d+: Address already in use; is phi3v running already\? --port .*",
+        ),
         (["--port", "70000"], r"cannot listen on 127\.0\.0\.1 port 70000: .*"),
         (["--host", "192.0.2.1"], r"cannot listen on 192\.0\.2\.1 port 8000: Cannot assign requested address"),
         (["--certfile", "server.key"], r"openssl x509 -in .*/server\.key failed: .*"),
         (["--keyfile", "none.key"], r".*/server\.crt has no key beside it: .*"),
-        (["--db", "server.crt"], r".*/server\.crt cannot be read \(.*\); .*"),
+        (["--db", "server.crt"], r".*/server\.crt cannot be used \(.*\); .*"),
         (["--model", "none"], r"there is no folder none; try --model demo, the embedded model"),
-        ([], r"PHI3V_LOG_LEVEL: Unknown level: 'LOUD'"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(pair, tmp_path, options, message):
     for file in pair:
         shutil.copy(file, tmp_path)
-    environment = os.environ if options else os.environ | {"PHI3V_LOG_LEVEL": "loud"}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         options = [str(taken.getsockname()[1]) if o == "PORT" else o for o in options]
-        done = process("serve", *options, env=environment, text=True)
+        done = process("serve", *options, text=True)
     assert (done.returncode, done.stdout) == (1, "") and re.fullmatch(f"phi3v: {message}\n", done.stderr), done.stderr
 
 

@@ -1,8 +1,11 @@
 """The engine on the reference's cases: batches, both rope regimes, caches, turns, cancellation, failure, shutdown."""
 
 import dataclasses
+import gc
+import math
 import threading
 import time
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ from phi3v import engine as engine_module
 from phi3v import model, sequences
 from phi3v.engine import Engine
 from phi3v.errors import RequestError, SetupError, Unavailable
+from phi3v.request import SamplingParams
 from phi3v.sequences import Prompt
 
 TINY = parity.PARITY / "tiny-su"
@@ -33,7 +37,7 @@ def engines():
 
 @pytest.fixture
 def engine():
-    engine = Engine(partial(model.load, TINY), max_queue=4)
+    engine = Engine(partial(model.load, TINY), max_queue=64)
     engine.wait()
     yield engine
     engine.close()
@@ -144,13 +148,60 @@ def test_a_cancelled_request_ends_and_makes_room_and_the_others_go_on(engine):
     long.cancel()
     assert [token for _, token, _ in other] == greedy
     assert list(long)[-1] == (0, None, "cancelled")
-    assert run(engine, prompt, prompt, prompt, prompt) == [greedy] * 4  # the whole queue of 4 is free again
+    assert run(engine, *[prompt] * 64) == [greedy] * 64  # the whole queue is free again
+
+
+def test_who_is_cancelled_before_it_is_read_is_never_read(held, passes):
+    engine = Engine(partial(model.load, TINY), max_batch=1)
+    engine.wait()
+    prompt, greedy = single("tiny-su.text_short")
+    generation = engine.submit([prompt] * 3)
+    generation.cancel(0)
+    generation.cancel(2)
+    held.set()
+    items = list(generation)
+    assert items[:2] == [(0, None, "cancelled"), (2, None, "cancelled")] or items[:2] == [
+        (2, None, "cancelled"),
+        (0, None, "cancelled"),
+    ]
+    assert [token for _, token, _ in items[2:]] == greedy and len(passes) == len(greedy)
+    engine.close()
+
+
+def test_a_thousand_cancelled_requests_leave_nothing(monkeypatch):
+    made, threads = [], threading.active_count()
+
+    class Followed(sequences.Sequence):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine_module, "Sequence", Followed)
+    engine = Engine(partial(model.load, TINY))
+    engine.wait()
+    prompt, greedy = single("tiny-su.text_short")
+    for k in range(1000):
+        generation = engine.submit([Prompt(prompt.ids, [], 1500)])
+        items = iter(generation)
+        if k % 3:
+            next(items)
+        generation.cancel()
+        if k % 2:
+            assert list(items)[-1] == (0, None, "cancelled")
+    assert run(engine, prompt) == [greedy] and len(made) == 1001
+    del generation, items
+    deadline = time.monotonic() + 30
+    while any(ref() for ref in made) and time.monotonic() < deadline:  # until the engine has seen that all is done
+        gc.collect()
+    assert not any(ref() for ref in made) and engine.stats()["running"] == engine.stats()["waiting"] == 0
+    engine.close()
+    assert threading.active_count() == threads
 
 
 def test_a_full_queue_refuses_and_takes_again(engine):
     prompt, greedy = single("tiny-su.text_short")
-    held = engine.submit([Prompt(prompt.ids, [], 1500)] * 3)
-    with pytest.raises(Unavailable, match="the queue is full: 3 of 4 sequences") as caught:
+    held = engine.submit([Prompt(prompt.ids, [], 1500)] * 63)
+    with pytest.raises(Unavailable, match="the queue is full: 63 of 64 sequences") as caught:
         engine.submit([prompt, prompt])
     assert caught.value.headers == {"Retry-After": "5"}
     assert run(engine, prompt) == [greedy]
@@ -258,6 +309,20 @@ def test_room_is_counted_as_batches_hold_it_and_not_only_as_their_rows_need_it(e
     engine._batches[engine._key(s)] = SimpleNamespace(cache=SimpleNamespace(slots=8, capacity=64), sequences=[])
     assert not engine._fits([s, s])
     engine._batches.clear()
+
+
+def test_who_may_run_with_few_only_waits_and_is_left_alone(engine):
+    runs, waits = (sequences.Sequence(Prompt([1] * 40, [], 20), 0, sequences.Generation(1)) for _ in "ab")
+    runs.begin(False, 2, None)
+    engine._cache.most = 0
+    engine._reading, engine._waiting = [runs], [waits]
+    engine._alive.update([runs, waits])
+    for limits, may in (((math.inf, math.inf), True), ((math.inf, 1), False), ((1, math.inf), False), ((2, 2), True)):
+        for s, together in zip((runs, waits), limits, strict=True):
+            s.together = together
+        assert (engine._next() is waits) == may, limits
+    engine._reading, engine._waiting = [], []
+    engine._alive.clear()
 
 
 def test_limits_come_from_memory_and_may_be_set():
@@ -396,31 +461,40 @@ def test_stats_count_what_was_done(engine):
     assert before["tokens"] == 0 < after["tokens"] and after["running"] == after["waiting"] == 0
 
 
-def test_more_prompts_than_the_queue_ever_takes_are_refused_for_good(engine):
-    with pytest.raises(RequestError, match=r"5 sequences \(prompts × n or choices\) are over the queue\'s 4"):
-        engine.submit([Prompt([1], [], 1)] * 5)
+@pytest.mark.parametrize("owner, most", [("", 64), ("a", 32)])
+def test_more_prompts_than_an_owner_may_ever_have_in_the_queue_are_refused_for_good(engine, owner, most):
+    prompts = [Prompt([1], [], 1, owner=owner)] * (most + 1)
+    with pytest.raises(
+        RequestError, match=rf"{most + 1} sequences .*: one key may have at most {most} in the queue"
+    ) as told:
+        engine.submit(prompts)
+    assert told.value.status == 400
+    assert run(engine, *prompts[1:]) == run(engine, prompts[0]) * most
 
 
-def test_a_pass_that_fails_ends_its_sequences_and_the_next_request_works(monkeypatch, caplog):
-    def broken(self, embeddings, parts, rows):
-        monkeypatch.undo()
-        raise MemoryError("no room")
-
-    engine = Engine(partial(model.load, TINY))
-    engine.wait()
-    monkeypatch.setattr(model.Phi3V, "__call__", broken)
+def test_an_owner_fills_half_of_the_queue_and_leaves_the_rest_to_others(engine):
     prompt, greedy = single("tiny-su.text_short")
-    with pytest.raises(RuntimeError, match="generation failed"):
-        run(engine, prompt, prompt)
-    assert "a pass failed" in caplog.text
-    assert run(engine, prompt) == [greedy] and not engine._alive
-    engine.close()
+    held = [engine.submit([Prompt(prompt.ids, [], 1500, owner="a")] * n) for n in (16, 15)]
+    with pytest.raises(Unavailable, match="this key has 31 of its 32 places in the queue; try again in 5 s") as told:
+        engine.submit([dataclasses.replace(prompt, owner="a")] * 2)
+    assert told.value.headers == {"Retry-After": "5"}
+    assert run(engine, dataclasses.replace(prompt, owner="a")) == [greedy]
+    assert run(engine, *[dataclasses.replace(prompt, owner="b")] * 32) == [greedy] * 32
+    for generation in held:
+        generation.cancel()
+        list(generation)
+    assert run(engine, *[dataclasses.replace(prompt, owner="a")] * 32) == [greedy] * 32
+
+
+def test_a_queue_that_could_not_hold_the_largest_request_is_refused():
+    with pytest.raises(SetupError, match="--max-queue must be at least 64, not 63"):
+        Engine(partial(model.load, TINY), max_queue=63)
 
 
 @pytest.mark.parametrize("phase", ["_sweep", "_admit", "_look", "_launch", "_regroup", "_deliver", "begin"])
 @pytest.mark.parametrize("most", [1, 9])
-def test_whatever_fails_in_whichever_phase_reaches_all_who_wait_and_the_next_is_answered(monkeypatch, phase, most):
-    engine = Engine(partial(model.load, TINY))
+def test_whatever_fails_once_in_whichever_phase_costs_nobody_an_answer(monkeypatch, caplog, phase, most):
+    engine = Engine(partial(model.load, TINY), cache_bytes=0)
     engine.wait()
     prompt, greedy = single("tiny-su.text_short")
     owner = sequences.Sequence if phase == "begin" else Engine
@@ -428,22 +502,150 @@ def test_whatever_fails_in_whichever_phase_reaches_all_who_wait_and_the_next_is_
 
     def broken(self, *rest):
         calls.append(phase)
-        if len(calls) == 2:  # while the first has made something
-            raise MemoryError("no room")
+        if len(calls) == 2:  # while the first have made something
+            raise OSError("it happens")
         return whole(self, *rest)
 
     monkeypatch.setattr(owner, phase, broken)
-    generations = [engine.submit([Prompt(prompt.ids, [], most)]) for _ in range(3)]
+    assert run(engine, *[Prompt(prompt.ids, [], most)] * 16) == [greedy[:most]] * 16
+    assert "it happens" in caplog.text and not engine._alive
+    engine.close()
+
+
+def test_a_pass_that_fails_while_one_waits_for_the_token_that_takes_it_to_the_other_regime_loses_none(monkeypatch):
+    engine, admit, failed = Engine(partial(model.load, TINY), cache_bytes=0), Engine._admit, []
+    engine.wait()
+
+    def broken(self):
+        if not failed and any(s.flying for s in self._waiting):
+            failed.append(len(self._begun()))
+            raise OSError("it happens")
+        return admit(self)
+
+    monkeypatch.setattr(Engine, "_admit", broken)
+    cases = [single("tiny-su.text_cross"), single("tiny-su.text_short"), single("tiny-su.text_64")]
+    assert run(engine, *[prompt for prompt, _ in cases]) == [greedy for _, greedy in cases] and failed[0] >= 2
+    engine.close()
+
+
+MIXED = [
+    SamplingParams(),
+    SamplingParams(temperature=1.0, seed=3, logprobs=2),
+    SamplingParams(temperature=0.8, seed=4, top_p=0.9, presence_penalty=0.8, frequency_penalty=0.3),
+    SamplingParams(repetition_penalty=1.3, logprobs=0),
+]
+
+
+def mixed(owner: str = "") -> list[Prompt]:
+    """Eight prompts of all kinds: on both sides of the switch, greedy, drawn and penalized, and one that is scored."""
+    rng = np.random.default_rng(7)
+    prompts = []
+    for k, n in enumerate((5, 40, 60, 70, 100, 33, 90, 64)):
+        prompts.append(Prompt(rng.integers(3, 500, n).tolist(), [], 24, owner=owner, params=MIXED[k % 4], branch=k % 3))
+    prompts[4] = dataclasses.replace(prompts[4], max_tokens=1, params=MIXED[0], targets=(*prompts[4].ids[-9:], 7))
+    return prompts
+
+
+def outcomes(generations) -> list:
+    """The tokens, the log-probabilities and the score of each, or what it raised."""
     ends = []
     for generation in generations:
         try:
-            ends.append([token for _, token, _ in generation])
-        except RuntimeError as error:
-            assert error.__cause__.__traceback__ is None  # its frames would keep the caches
-            ends.append(None)
-    # By the second look, the last thing in a turn, those who wanted one token may all have it.
-    assert (None in ends or (phase, most) == ("_look", 1)) and all(end in (None, greedy[:most]) for end in ends)
-    assert not engine._alive and run(engine, prompt) == [greedy]
+            tokens = [token for _, token, _ in generation]
+            shown = [(own, best) for own, best in generation.logprobs[0]]
+            ends.append((tokens, [own for own, _ in shown], [len(best) for _, best in shown], generation.scores[0]))
+        except (RuntimeError, Unavailable) as error:
+            ends.append(error)
+    return ends
+
+
+def same(end, lone) -> bool:
+    (tokens, own, counts, score), (tokens0, own0, counts0, score0) = end, lone
+    return (tokens, counts) == (tokens0, counts0) and np.allclose([*own, score], [*own0, score0], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def lone():
+    """What each of `mixed` gets alone."""
+    engine = Engine(partial(model.load, TINY), cache_bytes=0)
+    engine.wait()
+    yield [outcomes([engine.submit([p])])[0] for p in mixed()]
+    engine.close()
+
+
+def poison(monkeypatch, engine, error, when) -> None:
+    """Every pass raises `error` in which `when` says so of the sequences that have begun."""
+    call = model.Phi3V.__call__
+
+    def broken(self, embeddings, parts, rows):
+        if when(engine._begun()):
+            raise error
+        return call(self, embeddings, parts, rows)
+
+    monkeypatch.setattr(model.Phi3V, "__call__", broken)
+
+
+# Number 4 is scored and makes no token.
+@pytest.mark.parametrize("k, at", [(k, at) for at in (0, 7) for k in range(8) if (k, at) != (4, 7)])
+def test_who_fails_in_a_batch_fails_alone_and_the_others_get_what_they_get_alone(
+    monkeypatch, caplog, held, lone, k, at
+):
+    """At the first token, which reading makes, or at a later one, which is made in a batch."""
+    engine = Engine(partial(model.load, TINY))
+    engine.wait()
+    ids, error = mixed()[k].ids, OSError("poisoned")
+    poison(
+        monkeypatch,
+        engine,
+        error,
+        lambda begun: any(s.prompt.ids == ids and len(s.made) + s.flying >= at for s in begun),
+    )
+    generations = [engine.submit([p]) for p in mixed()]
+    held.set()
+    ends = outcomes(generations)
+    assert str(ends[k]) == "generation failed" and ends[k].__cause__ is error
+    assert error.__traceback__ is None  # its frames would keep the caches
+    assert all(same(end, expected) for i, (end, expected) in enumerate(zip(ends, lone, strict=True)) if i != k)
+    assert caplog.text.count("a pass failed") <= 4  # with eight of them, four, two, one
+    monkeypatch.undo()
+    assert same(*outcomes([engine.submit([mixed()[0]])]), lone[0]) and not engine._alive
+    engine.close()
+
+
+# As MLX words it on Metal and with CUDA, and as Python and numpy do.
+SHORTAGES = [
+    RuntimeError("[malloc] Unable to allocate 1125899906842624 bytes."),
+    RuntimeError("[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the maximum allowed"),
+    RuntimeError("[metal::malloc] Resource limit (499000) exceeded."),
+    RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallback"),
+    RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_who_does_not_fit_in_memory_together_is_answered_in_smaller_batches(monkeypatch, caplog, held, lone, most):
+    engine = Engine(partial(model.load, TINY))
+    engine.wait()
+    poison(monkeypatch, engine, SHORTAGES[0], lambda begun: len(begun) > most)
+    generations = [engine.submit([p]) for p in mixed()]
+    held.set()
+    assert all(map(same, outcomes(generations), lone)) and "Unable to allocate" in caplog.text
+    engine.close()
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=str)
+def test_who_does_not_fit_in_memory_alone_is_told_to_try_again_and_what_was_kept_is_freed(monkeypatch, lone, shortage):
+    engine = Engine(partial(model.load, TINY))
+    engine.wait()
+    assert same(*outcomes([engine.submit([mixed()[6]])]), lone[6]) and engine.stats()["cache_bytes"] > 0
+    poison(monkeypatch, engine, shortage, lambda begun: True)
+    (error,) = outcomes([engine.submit([mixed()[0]])])
+    assert isinstance(error, Unavailable) and error.headers == {"Retry-After": "5"}
+    assert error.message == "there is not enough memory for this request now; try again in 5 s"
+    assert engine.stats()["cache_bytes"] == 0 and engine.status == "ok"
+    monkeypatch.undo()
+    assert same(*outcomes([engine.submit([mixed()[0]])]), lone[0])
     engine.close()
 
 
@@ -525,16 +727,54 @@ def die(*_):
     raise SystemExit
 
 
-def test_an_engine_that_dies_says_so_to_all(monkeypatch, caplog):
-    engine = Engine(partial(model.load, TINY))
+def lose_the_gpu(*_):
+    """As CUDA does after an illegal access: whatever is asked of it from then on fails."""
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("idle_unload", [0, 60])
+@pytest.mark.parametrize(
+    "owner, name, fault",
+    [
+        (model.Phi3V, "__call__", die),
+        (Engine, "_receive", lose_the_gpu),
+        (Engine, "_retry", lose_the_gpu),
+        (engine_module.mx, "eval", lose_the_gpu),
+        (Engine, "_sweep", die),
+    ],
+)
+def test_an_engine_that_dies_says_so_to_all_at_once_and_nothing_hangs(
+    monkeypatch, caplog, held, idle_unload, owner, name, fault
+):
+    engine = Engine(partial(model.load, TINY), max_batch=2, idle_unload=idle_unload)
     engine.wait()
-    monkeypatch.setattr(model.Phi3V, "__call__", die)
     prompt, _ = single("tiny-su.text_short")
-    with pytest.raises(RuntimeError, match="generation failed"):
-        run(engine, prompt, prompt)
+    generations = [engine.submit([prompt]) for _ in range(9)]  # two that run, and seven that wait
+    monkeypatch.setattr(owner, name, fault)
+    if name == "_retry":
+        monkeypatch.setattr(Engine, "_launch", lose_the_gpu)
+    held.set()
+    for generation in generations:
+        with pytest.raises(RuntimeError, match="generation failed"):
+            list(generation)
     assert engine.status == "failed" and "the engine has failed" in caplog.text
-    with pytest.raises(Unavailable, match="the model is failed"):
+    with pytest.raises(Unavailable, match="the model is failed; try again"):
         engine.submit([prompt])
+    with pytest.raises((RuntimeError, SystemExit)):
+        engine.wait()
+    assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+    engine.close()
+    assert not engine._thread.is_alive() and engine._model is None
+
+
+def test_an_engine_that_dies_while_it_is_idle_says_so_to_the_next(monkeypatch, caplog):
+    engine = Engine(partial(model.load, TINY), idle_unload=0.01)
+    clears = [lose_the_gpu, Engine._clear]
+    monkeypatch.setattr(Engine, "_clear", lambda self: clears.pop(0)(self))  # the first is when it frees the model
+    engine._thread.join()
+    assert engine.status == "failed"
+    with pytest.raises(Unavailable, match="the model is failed"):
+        engine.submit([single("tiny-su.text_short")[0]])
     engine.close()
 
 
@@ -561,7 +801,7 @@ def test_a_model_that_cannot_be_loaded_is_told_by_wait(tmp_path):
     engine = Engine(load)
     assert engine.status == "loading"
     with pytest.raises(Unavailable, match="the model is loading"):
-        engine.submit([])
+        engine.submit([Prompt([1], [], 1)])
     gate.set()
     with pytest.raises(SetupError, match="no checkpoint folder"):
         engine.wait()

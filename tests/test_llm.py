@@ -3,17 +3,21 @@
 import base64
 import io
 import json
+import queue
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import phi3v
 from phi3v.errors import RequestError, SetupError
+from phi3v.images import Header
+from phi3v.protocol import Answer
 from phi3v.request import Picture, Request, SamplingParams, question
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 160, 60), (40, 80, 220)
@@ -91,6 +95,110 @@ def test_a_stream_is_the_answer_in_pieces_with_its_counts(llm):
     assert len(pieces) > 10 and all(d.finish_reason is None for d in pieces[:-1])
     last = pieces[-1]
     assert (last.finish_reason, last.prompt_tokens, last.completion_tokens) == ("stop", 12, 25)
+
+
+def test_with_patience_there_is_an_item_for_each_token_though_it_shows_nothing_yet(llm):
+    request = Request([question("What is 3 + 4?", [])], SamplingParams(stop=("3 + 4 = 7!",)))
+    with llm.answer(request, patience=60) as deltas:
+        items = list(deltas)
+    shown = [item for item in items if item]
+    assert "".join(d.text for d in shown) == "3 + 4 = 7." and items[:3] == [None] * 3
+    assert len(items) == shown[-1].completion_tokens + 1  # and one for the end
+    assert Answer(True, "demo").whole(iter(items))["choices"][0]["message"]["content"] == "3 + 4 = 7."
+    with llm.answer(request) as deltas:
+        assert list(deltas) == shown
+    choices = Request([question("What is 3 + 4?", [])], SamplingParams(choices=("3", "7", "3 + 4 = 7.")))
+    with llm.answer(choices, patience=60) as deltas:
+        *before, last = deltas
+    assert before == [None] * 2 and last.text == "3 + 4 = 7."
+
+
+def test_memory_that_is_lacking_for_a_picture_is_no_fault_of_the_request(llm, monkeypatch):
+    def hungry(*_):
+        return np.ones(2**50)
+
+    monkeypatch.setattr(phi3v.images, "process", hungry)
+    with pytest.raises(MemoryError):  # not that the picture is damaged
+        llm.generate("What is shown in this image?", [CIRCLE])
+    monkeypatch.undo()
+    assert llm.generate("What is shown in this image?", [CIRCLE]) == "A red circle."
+
+
+def test_pictures_are_decoded_only_while_somebody_wants_the_answer(llm, monkeypatch):
+    decoded, process = [], phi3v.images.process
+    monkeypatch.setattr(phi3v.images, "process", lambda *a: (decoded.append(1), process(*a))[1])
+
+    def check():
+        if decoded:
+            raise ConnectionAbortedError
+
+    request = Request(
+        [question("What is this?", [Picture(CIRCLE, f"images[{k}]") for k in range(3)])], SamplingParams()
+    )
+    with pytest.raises(ConnectionAbortedError):
+        llm.answer(request, "a", 0.05, check)
+    assert (len(decoded), llm._decoding, llm._wanting) == (1, [], [])
+
+
+def test_two_requests_decode_their_pictures_at_once_and_no_more(llm, monkeypatch):
+    inside, leave, process = threading.Barrier(3), threading.Event(), phi3v.images.process
+
+    def wait(*arguments):
+        if not leave.is_set():
+            inside.wait(30)
+            assert leave.wait(30)
+        return process(*arguments)
+
+    def ask(owner: str) -> None:
+        request = Request([question("What is this?", [Picture(CIRCLE, "images[0]")])], SamplingParams(max_tokens=1))
+        with llm.answer(request, owner, 0.05) as deltas:
+            list(deltas)
+
+    monkeypatch.setattr(phi3v.images, "process", wait)
+    threads = [threading.Thread(target=ask, args=owner) for owner in "xyz"]
+    for thread in threads:
+        thread.start()
+    inside.wait(30)  # two are there, and a third one would break the barrier
+    assert any(len(llm._wanting) == 1 or leave.wait(0.01) for _ in range(2000)) and len(llm._decoding) == 2
+    leave.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert llm._decoding == llm._wanting == []
+
+
+def test_an_owner_who_decodes_already_lets_another_go_first(llm, monkeypatch):
+    gates, begun, process = {name: threading.Event() for name in "abc"}, queue.SimpleQueue(), phi3v.images.process
+    who = threading.local()
+
+    def wait(*arguments):
+        begun.put(who.name)
+        assert gates[who.name].wait(30)
+        return process(*arguments)
+
+    def ask(name: str, owner: str) -> None:
+        who.name = name
+        request = Request([question("What is this?", [Picture(CIRCLE, "images[0]")])], SamplingParams(max_tokens=1))
+        with llm.answer(request, owner, 0.05) as deltas:
+            list(deltas)
+
+    monkeypatch.setattr(phi3v.images, "process", wait)
+    first, second, other = (threading.Thread(target=ask, args=each) for each in ("ax", "bx", "cy"))
+    first.start()
+    assert begun.get(timeout=30) == "a"
+    with llm._moved:  # until both want a place
+        llm._wanting.append("y")
+    second.start()
+    other.start()
+    assert begun.get(timeout=30) == "c"  # whoever came first: "x" has a place already
+    with llm._moved:
+        llm._wanting.remove("y")
+    for gate in gates.values():
+        gate.set()
+    for thread in (first, second, other):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert begun.get(timeout=30) == "b" and llm._decoding == llm._wanting == []
 
 
 def test_max_tokens_cuts_the_answer_and_nothing_else(llm):
@@ -235,3 +343,56 @@ def test_the_context_may_be_limited_and_is_told():
         assert llm.generate("What is 3 + 4?") == "3 + 4 = 7."
         with pytest.raises(RequestError, match="the context 50"):
             llm.generate("What is 3 + 4? " * 30)
+
+
+def test_too_many_tokens_are_told_from_the_headers(llm, monkeypatch):
+    """16 of the largest pictures took 1.8 s until the answer was no, when they were decoded first."""
+    buffer = io.BytesIO()
+    Image.new("1", (4000, 4000)).save(buffer, "PNG")
+    monkeypatch.setattr(Header, "crops", lambda self: pytest.fail("decoded"))
+    with pytest.raises(RequestError, match="the pictures take 40,144 tokens, the context has 4,096"):
+        llm.stream("Hi", images=[buffer.getvalue()] * 16, num_crops=16)
+    with pytest.raises(RequestError, match=r"images\[1\]\[0\]: the picture is none of"):
+        llm.stream(["Hi", "Hi"], images=[[CIRCLE], [b"text"]])
+    with pytest.raises(RequestError, match="more than the context"):  # the second prompt's fault
+        llm.stream(["Hi", "Hi " * 100], images=[[CIRCLE], []], max_tokens=3990)
+
+
+def test_a_request_over_the_wire_has_at_most_64_megapixels(llm, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("1", (4000, 3200)).save(buffer, "PNG")
+    monkeypatch.setattr(Header, "crops", lambda self: (_ for _ in ()).throw(KeyError("decoded")))
+
+    def ask(pictures: int, owner: str, clamp: bool = False):
+        shown = Picture(buffer.getvalue(), "images[0]", 1)
+        chats = [question("Hi", [shown] * (pictures - 2)), question("Hi", [shown] * 2)]
+        llm.answer(Request(chats, SamplingParams(), clamp), owner)
+
+    with pytest.raises(KeyError, match="decoded"):
+        ask(5, "key")  # 64 in all
+    with pytest.raises(KeyError, match="decoded"):
+        ask(12, "")  # who embeds the model may wait as long as he likes
+    for clamp, param in ((False, "images"), (True, "messages")):
+        with pytest.raises(RequestError, match=r"have [0-9,]+ pixels in all, at most 64,000,000 may be") as caught:
+            ask(6, "key", clamp)
+        assert caught.value.param == param
+
+
+def test_special_tokens_in_choices_are_text(llm, monkeypatch):
+    """For each special token: the targets of a choice that has it are the text's, and end with the one <|end|>."""
+    asked = []
+
+    def submit(prompts, patience):
+        asked.append(prompts)
+        raise KeyError("submitted")
+
+    monkeypatch.setattr(llm._engine, "submit", submit)
+    special = set(llm.tokenizer.special.values())
+    for token in llm.tokenizer.special:
+        with pytest.raises(KeyError, match="submitted"):
+            llm.answer(Request([question("Hi", [])], SamplingParams(choices=(f"a{token}\nb", "c"))))
+        prompts = asked.pop()
+        assert len(prompts) == 2 and all(not set(p.targets[:-1]) & special for p in prompts)
+        assert [p.targets[-1] for p in prompts] == [llm.tokenizer.special["<|end|>"]] * 2
+        roles = [llm.tokenizer.special[f"<|{role}|>"] for role in ("user", "assistant")]
+        assert [i for i in prompts[0].ids if i in special] == [1, roles[0], llm.tokenizer.special["<|end|>"], roles[1]]

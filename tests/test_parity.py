@@ -49,7 +49,7 @@ def crops_of(name: str) -> list[images.Crops]:
     preprocessor = json.loads((PARITY / case["checkpoint"] / "preprocessor_config.json").read_text())
     num_crops = case["num_crops"] or preprocessor["num_crops"]
     drawn = [golden.synth_image(i["seed"], i["w"], i["h"]) for i in case["images"]]
-    return [images.process(images.load(Image.fromarray(d)), num_crops) for d in drawn]
+    return [images.Header(Image.fromarray(d), num_crops).crops() for d in drawn]
 
 
 @cache

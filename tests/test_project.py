@@ -24,12 +24,25 @@ def test_readme_and_command_line_name_the_same_commands_and_options():
     parser = cli._parser()
     commands = next(action for action in parser._actions if action.choices).choices
     shown = set(re.findall(r"(?:^\$ |`|python -m )(?:\S+=\S+ )?phi3v (\w+)", README, re.M)) - {"COMMAND"}
-    assert shown == set(commands) - {"update", "delete"} and {"update --key", "delete --key"} <= set(
-        re.findall(r"`(update --key|delete --key)", README)
-    )
+    by_key = set(re.findall(r"`(\w+) --key ", README))
+    assert by_key == {"update", "rotate", "delete"} and shown == set(commands) - by_key
     flags = {flag for sub in commands.values() for action in sub._actions for flag in action.option_strings}
     elsewhere = {"--cacert"}  # curl's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - elsewhere <= flags
+
+
+def test_every_promise_of_security_stands_in_its_place_and_names_tests_that_exist():
+    text = (ROOT / "SECURITY.md").read_text()
+    assert len(text.splitlines()) <= 120
+    rows = re.findall(r"^\| [A-F](\d+) \|[^|]+\|[^|]+\| ([^|]+) \|$", text, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 33))
+    named = [test for _, tests in rows for test in re.findall(r"(test_\w+): ([^;|]*[^;| ])", tests)]
+    for file, sentence in named:
+        assert f"def test_{sentence.replace(' ', '_')}(" in (ROOT / "tests" / f"{file}.py").read_text()
+    assert len(named) >= 20
+    parts = re.findall(r'^    "([\w-]+)": \(', (ROOT / "bench" / "guarantees" / "run.py").read_text(), re.M)
+    shown = re.findall(r"guarantees: ([\w, -]+?) \|$", text, re.M)
+    assert set(", ".join(shown).split(", ")) == set(parts)
 
 
 def test_run_time_dependencies_are_those_of_the_card_and_nothing_more():

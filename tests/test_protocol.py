@@ -1,12 +1,16 @@
 """The shapes on the wire, as tables: what is taken, what is refused, and with which field and words."""
 
 import json
+from contextlib import suppress
+from dataclasses import fields
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from phi3v import protocol
-from phi3v.errors import RequestError
+from phi3v.errors import RateLimited, RequestError
 from phi3v.request import Chat, Delta, Picture, Request, SamplingParams, TokenLogprob
 from phi3v.tokenizer import Decoder
 
@@ -28,7 +32,8 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
         (rb'{"a": "\ud83c\udf89\u0000"}', {"a": "🎉\0"}),
         (b'{"a": -0.5e1, "b": [true, null]}', {"a": -5, "b": [True, None]}),
         (b'{"a": [5.0, -0.0, 1e2, 5.5]}', {"a": [5, 0, 100, 5.5]}),
-        (b'{"a": 1e400}', {"a": float("inf")}),  # a number, if a large one: its field refuses it
+        (b'{"a": 1e308}', {"a": int(1e308)}),
+        (b'{"a": ' + b"9" * 400 + b"}", {"a": 10**400 - 1}),
         (nested(1), {"a": 1}),
         (nested(32), json.loads(nested(32))),
         (nested(32, '{"b":', "}"), json.loads(nested(32, '{"b":', "}"))),
@@ -56,15 +61,17 @@ def test_a_json_object_is_taken(raw, body):
         (b'{"a": NaN}', NUMBER),
         (b'{"a": Infinity}', NUMBER),
         (b'{"a": -Infinity}', NUMBER),
-        (b'{"a":' + b"9" * 4301 + b"}", NUMBER),
+        (b'{"a": 1e400}', NUMBER),  # as large as Infinity
+        (b'{"a":' + b"9" * 401 + b"}", NUMBER),
+        (b'{"a":0.' + b"9" * 401 + b"}", NUMBER),
         (nested(33), DEEP),
         (nested(33, '{"b":', "}"), DEEP),
         (b"[" * 100_000, DEEP),
         (nested(100_000), DEEP),
         (nested(100_000, '{"b":', "}"), DEEP),
-        (b"[]", "the body must be a JSON object, not a list"),
-        (b'"prompt"', "the body must be a JSON object, not a string"),
-        (b"1.5", "the body must be a JSON object, not a number"),
+        (b"[]", "the body is JSON, but not an object"),
+        (b'"prompt"', "the body is JSON, but not an object"),
+        (b"1.5", "the body is JSON, but not an object"),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -136,7 +143,7 @@ def refused(body: dict, param: str, message: str) -> None:
     assert (caught.value.param, caught.value.message, caught.value.status) == (param, message, 400)
 
 
-MISSING = "prompt is missing: a string, or a list of strings"
+MISSING = "prompt must be a string or a list of strings, not null"
 
 
 @pytest.mark.parametrize(
@@ -145,15 +152,15 @@ MISSING = "prompt is missing: a string, or a list of strings"
         ({}, "prompt", MISSING),
         ({"prompt": None}, "prompt", MISSING),
         ({"prompt": ""}, "prompt", "prompt is empty"),
-        ({"prompt": 5}, "prompt", "prompt must be a string, not a number"),
-        ({"prompt": False}, "prompt", "prompt must be a string, not true or false"),
-        ({"prompt": {"text": "hi"}}, "prompt", "prompt must be a string, not an object"),
-        ({"prompt": []}, "prompt", "prompt must be a string or a list of 1 to 32, not 0"),
-        ({"prompt": ["a"] * 33}, "prompt", "prompt must be a string or a list of 1 to 32, not 33"),
+        ({"prompt": 5}, "prompt", "prompt must be a string, not 5"),
+        ({"prompt": False}, "prompt", "prompt must be a string, not false"),
+        ({"prompt": {"text": "hi"}}, "prompt", 'prompt must be a string, not {"text": "hi"}'),
+        ({"prompt": []}, "prompt", "prompt must be a string or a list of 1 to 32, not a list of 0"),
+        ({"prompt": ["a"] * 33}, "prompt", "prompt must be a string or a list of 1 to 32, not a list of 33"),
         ({"prompt": ["a", ""]}, "prompt[1]", "prompt[1] is empty"),
         ({"prompt": ["a", None]}, "prompt[1]", "prompt[1] must be a string, not null"),
-        ({"prompt": [["a"]]}, "prompt[0]", "prompt[0] must be a string, not a list"),
-        ({"prompt": [1, 2, 3]}, "prompt[0]", "prompt[0] must be a string, not a number"),  # token ids, as OpenAI takes
+        ({"prompt": [["a"]]}, "prompt[0]", "prompt[0] must be a string, not a list of 1"),
+        ({"prompt": [1, 2, 3]}, "prompt[0]", "prompt[0] must be a string, not 1"),  # token ids, as OpenAI takes
         ({"prompt": "a\ud800"}, "prompt", "prompt holds half a surrogate pair (\\ud800 to \\udfff)"),
         ({"prompt": ["a", "\udfff"]}, "prompt[1]", "prompt[1] holds half a surrogate pair (\\ud800 to \\udfff)"),
     ],
@@ -164,12 +171,30 @@ def test_a_bad_prompt_is_refused_and_the_message_says_what_is_allowed(body, para
 
 @pytest.mark.parametrize("value", [0, -1, 1025, "5", True, False, 1.0, 1e400, 10**4000, [5], {"a": "\ud800" * 99}])
 def test_a_number_that_is_no_whole_one_in_range_is_refused(value):
-    shown = json.dumps(value)[:40]
+    shown = "a list of 1" if isinstance(value, list) else json.dumps(value)[:40]
     for name, most in (("max_tokens", 1024), ("num_crops", 16)):
         refused({"prompt": "a", name: value}, name, f"{name} must be a whole number from 1 to {most}, not {shown}")
 
 
 NO_BASE64 = ["YQ", "Y Q==", "YQ==\n", "_-8=", "YWJj====", "ÿQ==", "/etc/passwd", "file:/etc/passwd", "data:;base64,YQ"]
+NO_BASE64 += [
+    "YQ=",
+    "=YQ=",
+    "Y=Q=",
+    "YQ==YQ==",
+    "YWJj=",
+    "YWJ\u200bj",
+    "YWJj\0",
+    "YWJj,YWJj",
+    "file:YWJj",
+    "~/a.png",
+    "a.png",
+]
+NO_BASE64 += [
+    "data:image/png;base64, YQ==",
+    "data:image/png;base64,YQ%3D%3D",
+    "data:image/png;base64,_-8=",
+]
 
 
 @pytest.mark.parametrize("image", NO_BASE64)
@@ -179,7 +204,7 @@ def test_a_picture_that_is_no_strict_base64_is_refused(image):
     refused({"prompt": ["a", "b"], "images": [[], ["YQ==", image]]}, "images[1][1]", message)
 
 
-PICTURES = "must be a list of pictures (data: URLs or base64), not"
+PICTURES = "must be a list of at most 16 pictures (data: URLs or base64), not"
 LISTS = "images must be a list of 2 lists, one for each prompt, not"
 URL = "a data: URL must read data:image/…;base64,…"
 FETCH = "…: send a data: URL or base64"
@@ -188,21 +213,21 @@ FETCH = "…: send a data: URL or base64"
 @pytest.mark.parametrize(
     ("prompt", "images", "param", "message"),
     [
-        ("a", "YQ==", "images", f"images {PICTURES} a string"),
-        ("a", [["YQ=="]], "images[0]", "images[0] must be a data: URL or base64, not a list"),
+        ("a", "YQ==", "images", f'images {PICTURES} "YQ=="'),
+        ("a", [["YQ=="]], "images[0]", "images[0] must be a data: URL or base64, not a list of 1"),
         ("a", ["YQ==", None], "images[1]", "images[1] must be a data: URL or base64, not null"),
-        ("a", ["YQ=="] * 16 + [5], "images", "images has 17 pictures, at most 16 are allowed"),
+        ("a", ["YQ=="] * 16 + [5], "images", f"images {PICTURES} a list of 17"),
         ("a", ["data:image/png,YQ=="], "images[0]", URL),
         ("a", ["data:image/png;base64"], "images[0]", URL),
         ("a", ["data:image/svg+xml;utf8,<svg/>"], "images[0]", URL),
         ("a", ["http://127.0.0.1/a.png"], "images[0]", f"pictures are not fetched from http://1{FETCH}"),
         (["a", "b"], [[], ["FILE:///etc"]], "images[1][0]", f"pictures are not fetched from FILE:///{FETCH}"),
-        (["a", "b"], [["YQ=="]], "images", f"{LISTS} 1"),
-        (["a", "b"], [[], [], []], "images", f"{LISTS} 3"),
-        (["a", "b"], {}, "images", f"{LISTS} an object"),
-        (["a", "b"], ["YQ==", "YQ=="], "images[0]", f"images[0] {PICTURES} a string"),
+        (["a", "b"], [["YQ=="]], "images", f"{LISTS} a list of 1"),
+        (["a", "b"], [[], [], []], "images", f"{LISTS} a list of 3"),
+        (["a", "b"], {}, "images", f"{LISTS} {{}}"),
+        (["a", "b"], ["YQ==", "YQ=="], "images[0]", f'images[0] {PICTURES} "YQ=="'),
         (["a", "b"], [[], None], "images[1]", f"images[1] {PICTURES} null"),
-        (["a", "b"], [[], ["YQ=="] * 17], "images[1]", "images[1] has 17 pictures, at most 16 are allowed"),
+        (["a", "b"], [[], ["YQ=="] * 17], "images[1]", f"images[1] {PICTURES} a list of 17"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -259,8 +284,9 @@ def test_each_reply_has_an_id_of_its_own_and_the_present_time():
 
 def test_an_error_is_the_documented_one_with_type_and_param():
     error = {"code": "400", "message": "no", "type": "invalid_request_error", "param": "prompt[1]"}
-    assert protocol.error(400, "no", "invalid_request_error", "prompt[1]") == {"error": error}
-    assert protocol.error(400, "no", "invalid_request_error") == {"error": error | {"param": None}}
+    assert protocol.error(RequestError("no", "prompt[1]")) == {"error": error}
+    other = {"code": "429", "type": "rate_limit_error", "param": None}
+    assert protocol.error(RateLimited("no")) == {"error": error | other}
 
 
 def test_a_rendered_body_is_one_line_of_utf_8():
@@ -270,7 +296,7 @@ def test_a_rendered_body_is_one_line_of_utf_8():
 def test_a_message_that_repeats_half_a_surrogate_pair_can_still_be_sent():
     with pytest.raises(RequestError) as caught:
         protocol.parse_completion({"prompt": "a", "images": ["\ud800://a"]}, 1024)
-    sent = protocol.render(protocol.error(400, caught.value.message, "invalid_request_error", caught.value.param))
+    sent = protocol.render(protocol.error(caught.value))
     assert json.loads(sent)["error"]["message"] == "pictures are not fetched from ?://a…: send a data: URL or base64"
 
 
@@ -366,16 +392,16 @@ TYPES = "type must be one of text, image_url, input_image, not"
     ("body", "param", "message"),
     [
         ({}, "messages", "messages must be a list of 1 to 256, not null"),
-        ({"messages": []}, "messages", "messages must be a list of 1 to 256, not 0"),
-        ({"messages": [{}] * 257}, "messages", "messages must be a list of 1 to 256, not 257"),
-        ({"messages": ["a"]}, "messages[0]", "messages[0] must be an object, not a string"),
+        ({"messages": []}, "messages", "messages must be a list of 1 to 256, not a list of 0"),
+        ({"messages": [{}] * 257}, "messages", "messages must be a list of 1 to 256, not a list of 257"),
+        ({"messages": ["a"]}, "messages[0]", 'messages[0] must be an object, not "a"'),
         ({"messages": [{"content": "a"}]}, "messages[0].role", f"messages[0].role {ROLES} null"),
         ({"messages": [{"role": "bot"}]}, "messages[0].role", f'messages[0].role {ROLES} "bot"'),
-        ({"messages": [{"role": ["user"]}]}, "messages[0].role", f"messages[0].role {ROLES} a list"),
+        ({"messages": [{"role": ["user"]}]}, "messages[0].role", f"messages[0].role {ROLES} a list of 1"),
         (user(None), "messages[0].content", "messages[0].content must be a string or a list of parts, not null"),
-        (user([]), "messages[0].content", "messages[0].content must be a string or a list of parts, not a list"),
+        (user([]), "messages[0].content", "messages[0].content must be a string or a list of parts, not a list of 0"),
         (user("\ud800"), "messages[0].content", "messages[0].content holds half a surrogate pair (\\ud800 to \\udfff)"),
-        (user(["a"]), "messages[0].content[0]", "messages[0].content[0] must be an object, not a string"),
+        (user(["a"]), "messages[0].content[0]", 'messages[0].content[0] must be an object, not "a"'),
         (user([{}]), "messages[0].content[0].type", f"messages[0].content[0].{TYPES} null"),
         (
             user([TEXT, {"type": "audio"}]),
@@ -400,7 +426,7 @@ TYPES = "type must be one of text, image_url, input_image, not"
         ),
         (user([URL_PART] * 17), "messages", "messages has 17 pictures, at most 16 are allowed"),
         (user("a", max_tokens=0), "max_tokens", "max_tokens must be a whole number of at least 1, not 0"),
-        (user("a", logprobs=1), "logprobs", "logprobs must be true or false, not a number"),
+        (user("a", logprobs=1), "logprobs", "logprobs must be true or false, not 1"),
         (user("a", top_logprobs=5), "top_logprobs", "top_logprobs needs logprobs to be true"),
         (
             user("a", logprobs=True, top_logprobs=21),
@@ -587,3 +613,107 @@ def test_the_scores_of_choices_are_in_the_answer_and_in_its_stream(is_chat):
     assert (choice["logprobs"]["scores"], choice["finish_reason"]) == (scores, "stop")
     chunks = [event["choices"][0] for event in events(is_chat, [delta]) if isinstance(event, dict)]
     assert [chunk["logprobs"]["scores"] for chunk in chunks if chunk["logprobs"]] == [scores]
+
+
+TOO_MUCH = {
+    "n": [9, 0, True, "2", 1.5],
+    "stop": [["a"] * 9, "a" * 257, ["a" * 257], [""], [1], True, {}, "\udc00"],
+    "choices": [["a"] * 65, ["a" * 1025], [], ["a", "a"], "a" * 1025, [None], {"a": 1}],
+    "seed": [2**63, -(2**63) - 1, True, "1", 0.5],
+    "top_k": [-1, 1_000_001, False],
+    "temperature": [2.1, -0.1, True, "1", [], 10**400, float("inf")],
+    "top_p": [1.1, -1, True],
+    "min_p": [1.1, -1, True],
+    "presence_penalty": [2.1, -2.1, True],
+    "frequency_penalty": [2.1, -2.1, True],
+    "repetition_penalty": [0, 10.1, True],
+    "num_crops": [0, 17, True, "4"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in TOO_MUCH.items() for value in values])
+def test_every_option_has_a_least_and_a_most_on_both_routes(name, value):
+    for parse, body in ((protocol.parse_completion, {"prompt": "a"}), (protocol.parse_chat, user("a"))):
+        with pytest.raises(RequestError) as caught:
+            parse(body | {name: value}, 1024)
+        assert caught.value.param.partition("[")[0] == name and caught.value.status == 400
+    assert set(TOO_MUCH) | {"max_tokens", "logprobs"} == {option.name for option in fields(SamplingParams)}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 8},
+        {"stop": ["a" * 256] * 8},
+        {"choices": [f"{k:01024}" for k in range(64)]},
+        {"seed": -(2**63)},
+        {"top_k": 10**6},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_is_at_its_most_is_taken_on_both_routes(more):
+    assert protocol.parse_completion({"prompt": "a"} | more, 1024).chats
+    assert protocol.parse_chat(user("a") | more, 1024).chats
+    assert len(protocol.parse_chat({"messages": [{"role": "user", "content": "a"}] * 256} | more, 1024).chats) == 1
+
+
+NAMES = [
+    *TOO_MUCH,
+    *protocol.UNSUPPORTED,
+    "prompt",
+    "images",
+    "messages",
+    "role",
+    "content",
+    "type",
+    "text",
+    "image_url",
+]
+NAMES += [
+    "url",
+    "detail",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "stream",
+    "stream_options",
+]
+TEXTS = st.text(max_size=5) | st.sampled_from(
+    ["user", "assistant", "text", "image_url", "YWJj", "data:;base64,YQ==", "\ud800"]
+)
+VALUES = (
+    st.none() | st.booleans() | st.integers(-3, 40) | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+)
+KEYS = st.sampled_from(NAMES) | st.text(max_size=3)
+ANY = st.recursive(VALUES | TEXTS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+PART = st.fixed_dictionaries({}, optional={"type": TEXTS, "text": ANY, "image_url": ANY, "detail": ANY})
+MESSAGE = st.fixed_dictionaries(
+    {"role": TEXTS | ANY, "content": TEXTS | st.lists(PART | ANY, max_size=3)}, optional={"name": ANY}
+)
+BODY = st.fixed_dictionaries(
+    {},
+    optional={"prompt": TEXTS | ANY, "messages": st.lists(MESSAGE, max_size=3) | ANY}
+    | {name: ANY for name in NAMES[2:]},
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(BODY | st.dictionaries(KEYS, ANY) | ANY)
+def test_any_json_is_a_request_or_refused_in_one_line_that_can_be_sent(value):
+    raw = json.dumps(value).encode()
+    for read in (protocol.parse_completion, protocol.parse_chat):
+        try:
+            body = protocol.parse_json(raw)
+            request, _ = read(body, 1024), protocol.streaming(body)
+            assert isinstance(request, Request) and 1 <= len(request.chats) <= 32
+        except RequestError as error:
+            assert error.status == 400 and "\n" not in error.message and len(error.message) < 400
+            assert json.loads(protocol.render(protocol.error(error)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=200) | st.text(alphabet='{}[]",:0123456789.eE+-truefalsn\\u \n', max_size=80).map(str.encode))
+def test_any_bytes_are_an_object_or_refused(raw):
+    with suppress(RequestError):
+        assert isinstance(protocol.parse_json(raw), dict)

@@ -190,7 +190,7 @@ def test_a_pair_that_is_there_is_left_alone_also_the_documents_own(own, files):
 
 def test_a_certificate_that_lacks_the_name_clients_use_is_told_and_left_alone(own, files, tmp_path):
     before = contents(own)
-    again = f"delete {own[0].name} and {own[1].name} and start again"
+    again = f"rm {own[0].name} {own[1].name}, and start again"
     told = f"the certificate {own[0]} is not valid for 192.0.2.7, clients will refuse it: {again}"
     assert tls.ensure_certificate(*own, "192.0.2.7") == [told] and contents(own) == before
     assert tls.ensure_certificate(*own, "0.0.0.0") == []  # clients use the .local name, which it has
@@ -230,11 +230,28 @@ def test_a_certificate_that_ends_within_30_days_is_told_at_every_start_and_left_
     assert tls.ensure_certificate(*own) == []
     reissue(own, 29.1)
     before = contents(own)
-    told = f"the certificate {own[0]} ends in 29 days: delete server.crt and start again"
+    told = f"the certificate {own[0]} ends in 29 days: rm server.crt, and start again"
     assert tls.ensure_certificate(*own) == tls.ensure_certificate(*own) == [told] and contents(own) == before
     reissue(own, 7.1, "/CN=example.org")
     told = f"the certificate {own[0]} ends in 7 days: put a new one in its place"
     assert tls.ensure_certificate(*own) == [told]
+
+
+def test_a_kill_at_any_moment_leaves_no_half_pair(files):
+    code = "import sys; from phi3v import tls; tls.ensure_certificate(*sys.argv[1:])"
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
+    whole = time.monotonic() - begun
+    for i in range(12):
+        for file in files:
+            file.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", code, *files])
+        time.sleep(whole * (0.5 + i / 20))
+        process.kill()
+        process.wait()
+        assert [file.stat().st_mode & 0o777 for file in files[::-1] if file.exists()] in ([], [0o600], [0o600, 0o644])
+        tls.ensure_certificate(*files)
+        assert tls.server_context(*files)
 
 
 def test_a_key_without_certificate_gets_one_and_a_certificate_without_key_is_refused(own):

@@ -134,19 +134,19 @@ def context(server):
 
 @pytest.fixture(scope="session")
 def narrow(server):
-    """Another server, beside the first, that takes one request at a time, and lets answers be long."""
-    running = Server(server.folder, "narrow", "--max-queue", "1", "--max-tokens", "3500")
+    """Another server, beside the first, that takes 32 answers of a key at a time, and lets them be long."""
+    running = Server(server.folder, "narrow", "--max-queue", "64", "--max-tokens", "3500")
     yield running
     running.stop()
 
 
 @pytest.fixture
 def busy(narrow, key, context):
-    """The URL of a server whose queue is full: of an answer that takes it long."""
-    body = {"messages": [{"role": "user", "content": "?" * 500}], "stream": True}
+    """The URL of a server where all places of the key are taken: by answers that take it long."""
+    body = {"prompt": ["?" * 500] * 32, "max_tokens": 3500, "stream": True}
     with httpx.Client(verify=context, headers={"Authorization": f"Bearer {key}"}) as client:
         for _ in range(1000):  # the last such answer ends when the server sees that nobody reads it
-            with client.stream("POST", f"{narrow.url}/chat/completions", json=body) as reply:
+            with client.stream("POST", f"{narrow.url}/completions", json=body) as reply:
                 if reply.status_code == 200:
                     yield narrow.url
                     return
