@@ -84,10 +84,13 @@ def main() -> None:
                 if answer != turns[-1][1] and (shown := shown + collections.Counter([task]))[task] <= args.wrong:
                     print(f"{task}: {turns[-1][0]!r} → {answer!r}, not {turns[-1][1]!r}", flush=True)
             batch = []
+    print("| task | exact | % | to reach |\n|---|---|---|---|")
     for task, (_, goal) in TASKS.items():
         share = 100 * right[task] / max(1, asked[task])
-        print(f"{task:10} {right[task]:4}/{asked[task]:<4} {share:6.1f} %  {'' if share >= goal else f'below {goal}'}")
-    print(f"{sum(right.values())} of {sum(asked.values())} in {time.time() - began:.0f} s")
+        told = f"{goal}" if share >= goal else f"{goal}, missed"
+        print(f"| {task} | {right[task]:,} of {asked[task]:,} | {share:.1f} | {told} |")
+    total, number = sum(right.values()), sum(asked.values())
+    print(f"| all | {total:,} of {number:,} | {100 * total / number:.1f} | |\n\n{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
