@@ -168,7 +168,7 @@ def test_choices_may_be_asked_of_several_prompts(llm):
 def test_what_choices_share_is_of_the_answer_not_of_the_prompt(llm, choices):
     with llm.stream("Hello, world!", choices=choices) as deltas:
         (delta,) = deltas
-    assert (delta.text, delta.prompt_tokens, delta.completion_tokens) == ("Hello! I am", 12, 3)
+    assert (delta.text, delta.prompt_tokens, delta.completion_tokens) == ("Hello! I am", 20, 4)
 
 
 def test_choices_that_are_the_same_tokens_are_refused(llm):

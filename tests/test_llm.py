@@ -94,7 +94,7 @@ def test_a_stream_is_the_answer_in_pieces_with_its_counts(llm):
     assert "".join(d.text for d in pieces) == llm.generate("Hello, world!", max_tokens=50)
     assert len(pieces) > 10 and all(d.finish_reason is None for d in pieces[:-1])
     last = pieces[-1]
-    assert (last.finish_reason, last.prompt_tokens, last.completion_tokens) == ("stop", 12, 25)
+    assert (last.finish_reason, last.prompt_tokens, last.completion_tokens) == ("stop", 20, 34)
 
 
 def test_with_patience_there_is_an_item_for_each_token_though_it_shows_nothing_yet(llm):

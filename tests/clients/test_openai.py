@@ -12,7 +12,7 @@ PARTS = [
     {"type": "image_url", "image_url": {"url": data_url(drawing("blue", "square"))}},
 ]
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": PARTS}]}
-ENDLESS = [{"role": "user", "content": "?" * 500}]  # the demo model finds no end to its answer
+ENDLESS = {"frequency_penalty": -2, "extra_body": {"repetition_penalty": 10}}  # the demo model finds no end so
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hello, world!"}]}
 
 
@@ -122,7 +122,7 @@ def test_log_probabilities_several_answers_seed_stop_and_choices(client):
     tokens = reply.choices[0].logprobs.content
     assert b"".join(bytes(token.bytes) for token in tokens).decode() == "A blue square."
     assert all(len(token.top_logprobs) == 3 and token.top_logprobs[0].logprob >= token.logprob for token in tokens)
-    wild = {"messages": ENDLESS, "max_tokens": 20, "n": 3, "temperature": 2, "seed": 7}
+    wild = {"messages": HELLO["messages"], "max_tokens": 20, "n": 3, "temperature": 2, "seed": 7} | ENDLESS
     tries = [client.chat.completions.create(model=MODEL, **wild).choices for _ in range(2)]
     texts = [[choice.message.content for choice in choices] for choices in tries]
     assert texts[0] == texts[1] and len(set(texts[0])) == 3
@@ -148,7 +148,7 @@ def test_text_completions_take_several_prompts_and_pictures(client):
 def test_a_stream_that_is_left_early_leaves_the_server_free_for_the_next(narrow, key, context):
     http_client = openai.DefaultHttpxClient(verify=context)
     with openai.OpenAI(base_url=narrow.url, api_key=key, max_retries=1, http_client=http_client) as client:
-        endless = [ENDLESS[0]["content"]] * 32  # all the places that a key has there
-        with client.completions.create(model=MODEL, prompt=endless, max_tokens=3500, stream=True) as chunks:
+        endless = {"model": MODEL, "prompt": ["Hello, world!"] * 32, "max_tokens": 1024} | ENDLESS
+        with client.completions.create(**endless, stream=True) as chunks:  # in all the places that a key has there
             assert next(chunks).choices[0].text
         assert client.chat.completions.create(**ASK).choices[0].message.content == "A blue square."
