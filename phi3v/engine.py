@@ -19,12 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import sampling, sequences
-from .cache import Cache, shared_length
 from .errors import RequestError, SetupError, Unavailable
 from .images import TOKENS, Crops
 from .language import KVCache, Part
 from .model import Phi3V
-from .sequences import Batch, Generation, Prompt, Sequence
+from .sequences import Batch, Cache, Generation, Prompt, Sequence, shared_length
 
 # The one lock that serializes MLX: held around every load and turn, by every engine of this process.
 MLX = threading.RLock()

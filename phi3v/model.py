@@ -6,6 +6,10 @@ Reads JSON and safetensors only, never code from the folder; knows nothing of re
 import json
 import math
 import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -148,7 +152,7 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
     model, tensors = Phi3V(config or Config.read(folder)), {}
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = mx.float32  # shorter floats are slow there
-    for path in _weight_files(Path(folder)):
+    for path in weight_files(Path(folder)):
         try:
             with safe_open(path, "numpy"):  # checks what MLX does not: that offsets fit the file, shapes and each other
                 tensors |= mx.load(str(path))  # not evaluated yet
@@ -157,8 +161,13 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
     _quantize(model, tensors, folder)
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
     _check_names(wanted, tensors, model.config.vision.layers_used, folder)
-    # Popped, so that what is converted is freed once it is.
-    model.load_weights([(name, _convert(name, tensors.pop(name), wanted[name], dtype, folder)) for name in wanted])
+    sizes = {name: tensors[name].nbytes for name in wanted}
+    with progress("loading the model", sum(sizes.values())) as advance:
+        for name, like in wanted.items():
+            wanted[name] = _convert(name, tensors.pop(name), like, dtype, folder)
+            mx.eval(wanted[name])  # one by one: all at once would be there as they are read and as they are converted
+            advance(sizes[name])
+    model.load_weights(list(wanted.items()))
     for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
         layer.self_attn.fuse()
     model.eval()
@@ -166,7 +175,31 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
     return model
 
 
-def _weight_files(folder: Path) -> list[Path]:
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A line on a terminal, if standard error is one: how many of `total` bytes are done. Call it with those added."""
+    shows, start, began = bool(sys.stderr and sys.stderr.isatty()), done, time.monotonic()
+    shown = began
+
+    def advance(added: int) -> None:
+        nonlocal done, shown
+        done, now = done + added, time.monotonic()
+        if shows and now - shown > 0.2:
+            shown, rate = now, max(1.0, (done - start) / (now - began))
+            left = f"{rate / 1e6:.0f} MB/s, {max(0, total - done) / rate:.0f} s left"
+            print(
+                f"\r{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left}\x1b[K", end="", file=sys.stderr, flush=True
+            )
+
+    try:
+        yield advance
+    finally:
+        if shown > began:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files that the index names, or all there are; SetupError if any lacks."""
     index = folder / "model.safetensors.index.json"
     paths = sorted(folder.glob("*.safetensors"))
     if index.exists():
