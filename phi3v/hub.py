@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url, hf_raise_for_status
+from huggingface_hub import HfApi, constants, get_session, hf_raise_for_status
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # HTTPError: httpx's, or httpx2's
 from huggingface_hub.utils import build_hf_headers
 
@@ -24,12 +24,11 @@ from .model import progress, weight_files
 
 # All that is ever fetched, and from the top folder only: no code, no pickles.
 WANTED = re.compile(
-    r"((preprocessor_|generation_)?config|tokenizer|model\.safetensors\.index)\.json|[\w.-]+\.safetensors"
+    r"((preprocessor_|generation_)?config|tokenizer|model\.safetensors\.index)\.json|[\w.-]+\.safetensors", re.ASCII
 )
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's of small files and of commits, SHA-256 of large files
 PAUSES = 1, 2, 4, 8  # seconds before each further try, counted anew when one has brought something: a router restarts
 SPARE = 100_000_000  # bytes of the disk that a download leaves free
-CHUNK = 1 << 20
 DEMO = "or try --model demo, which needs no download"
 
 
@@ -98,13 +97,8 @@ def _download(name: str, root: Path) -> Path:
     blobs.mkdir(parents=True, exist_ok=True)
     with progress(f"downloading {name}", size, have) as advance:
         for file, (blob, size) in sorted(missing.items(), key=lambda each: each[1][1]):
-            _fetch(
-                f"{file} of {name}",
-                hf_hub_url(name, file, revision=info.sha, endpoint=constants.ENDPOINT),
-                blob,
-                size,
-                advance,
-            )
+            url = f"{constants.ENDPOINT}/{name}/resolve/{info.sha}/{file}"
+            _fetch(f"{file} of {name}", url, blob, size, advance)
     _link(folder, {file: blob for file, (blob, _) in files.items()})
     (root / "refs").mkdir(exist_ok=True)
     (root / "refs" / "main").write_text(info.sha)
@@ -175,7 +169,7 @@ def _append(url: str, file, have: int, size: int, advance: Callable[[int], None]
             file.truncate(0)
             advance(-have)
             have = 0
-        for chunk in response.iter_bytes(CHUNK):
+        for chunk in response.iter_bytes():  # as they come: what waits for a whole piece is lost by a cut
             have += file.write(chunk)
             advance(len(chunk))
             if have >= size:
