@@ -96,8 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         end = start + self.server.cuts.pop(0) if file == WEIGHTS and self.server.cuts else len(data)
-        self.wfile.write(data[start:end])
         self.server.sent += len(data[start:end])
+        self.wfile.write(data[start:end])
         self.close_connection = True
 
 
