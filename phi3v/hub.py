@@ -71,9 +71,8 @@ def _refusal(name: str, hub: str, response) -> str:
     if status == 403 or code == "GatedRepo":
         return f"{name} is for those who were granted access: ask at {hub}/{name}, then set HF_TOKEN"
     if status in (401, 404):
-        return (
-            f"there is no {name} at {hub} that you may read: check its name, or set HF_TOKEN if it is private; {DEMO}"
-        )
+        advice = "check the name, and HF_TOKEN if it is private or your token has ended"
+        return f"there is no {name} at {hub} that you may read: {advice}; {DEMO}"
     return f"{hub} has trouble with {name} (status {status}): try again later, what has come is kept; {DEMO}"
 
 

@@ -237,8 +237,8 @@ def test_offline_it_is_told_what_to_do_unless_the_model_is_here(site, monkeypatc
 
 
 REFUSALS = {
-    "unknown": ({"status": 404}, rf"there is no {NAME} at http.* check its name, or set HF_TOKEN if it is private"),
-    "unknown to strangers": ({"status": 401}, rf"there is no {NAME} at http.* or set HF_TOKEN"),
+    "unknown": ({"status": 404}, rf"there is no {NAME} at http.* check the name, and HF_TOKEN if it is private"),
+    "unknown to strangers": ({"status": 401}, rf"there is no {NAME} at http.* or your token has ended"),
     "gated": (
         {"status": 401, "headers": {"X-Error-Code": "GatedRepo"}},
         r"granted access: ask at .*, then set HF_TOKEN",
