@@ -47,9 +47,8 @@ def find(name: str) -> Path:
         kept = "what has come is kept and the same command goes on from there"
         message = f"{hub} does not answer ({type(error).__name__}): {kept}; {DEMO}"
     except OSError as error:
-        advice = (
-            "make room and start again: it goes on from there" if error.errno == errno.ENOSPC else "HF_HOME moves it"
-        )
+        full = error.errno == errno.ENOSPC
+        advice = "make room and start again: it goes on from there" if full else "let HF_HOME name another place"
         message = f"cannot write {name} into {root.parent}: {error.strerror or error}; {advice}"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"{hub} does not answer as the hub does ({type(error).__name__}): is HF_ENDPOINT right? {DEMO}"
@@ -81,10 +80,12 @@ def _download(name: str, root: Path) -> Path:
     info = HfApi().model_info(name, revision="main", files_metadata=True, timeout=timeout)
     _check(name, info)
     folder, blobs = root / "snapshots" / info.sha, root / "blobs"
-    files = {f.rfilename: (blobs / _hash(f), f.size) for f in info.siblings if WANTED.fullmatch(f.rfilename)}
-    if not all(HASH.fullmatch(part.name) for part in (folder, *(blob for blob, _ in files.values()))):
+    wanted = [file for file in info.siblings if WANTED.fullmatch(file.rfilename)]
+    hashes = [file.lfs.sha256 if file.lfs else file.blob_id for file in wanted]
+    if not all(HASH.fullmatch(text) for text in (info.sha, *hashes)):
         raise ValueError("a hash")  # it would be a path of the hub's choice
-    missing = {f: at for f, at in files.items() if not (folder / f).exists() and not at[0].exists()}
+    files = {f.rfilename: (blobs / text, f.size) for f, text in zip(wanted, hashes, strict=True)}
+    missing = {f: at for f, at in files.items() if at[1] not in (_size(folder / f), _size(at[0]))}
     size, have = sum(size for _, size in missing.values()), sum(_size(_part(blob)) for blob, _ in missing.values())
     free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
     if size - have + SPARE > free:
@@ -92,7 +93,8 @@ def _download(name: str, root: Path) -> Path:
         raise SetupError(f"{name} has {room}: make room, or let HF_HOME name a larger disk; {DEMO}")
     there = f", {have / 1e9:.2f} GB of it are here" if have else ""
     where = f"into {root.parent}, {free / 1e9:.0f} GB free; after Ctrl-C the same command goes on"
-    print(f"phi3v: downloading {name}: {size / 1e9:.2f} GB{there}, {where}", file=sys.stderr, flush=True)
+    if missing:
+        print(f"phi3v: downloading {name}: {size / 1e9:.2f} GB{there}, {where}", file=sys.stderr, flush=True)
     blobs.mkdir(parents=True, exist_ok=True)
     with progress(f"downloading {name}", size, have) as advance:
         for file, (blob, size) in sorted(missing.items(), key=lambda each: each[1][1]):
@@ -116,10 +118,6 @@ def _check(name: str, info) -> None:
         others = [file for file in there if file.endswith((".bin", ".pt", ".pth", ".gguf", ".npz"))]
         given = f", only {others[0]}" if others else ""
         raise SetupError(f"{name} has no .safetensors file on the hub{given}: phi3v reads no other format, {DEMO}")
-
-
-def _hash(file) -> str:
-    return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 def _part(blob: Path) -> Path:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants, snapshot_download
+from test_model import forbid
 
 import phi3v
 from phi3v import hub, model
@@ -39,6 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.cuts: list[int] = []  # after so many bytes of a large file the connection ends, each once
         self.flips = ""  # the file of which a byte is wrong
         self.ranges = True
+        self.file_status = 200  # of the weights
         self.silent = threading.Event()
         self.silent.set()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -73,6 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             info = {"id": NAME, "sha": COMMIT, "siblings": self.server.siblings(), "config": config} | self.server.info
             return self.answer(200, self.server.body or json.dumps(info).encode())
         file = path.rpartition("/")[2]
+        if file == WEIGHTS and self.server.file_status != 200:
+            return self.answer(self.server.file_status, b"no")
         if path == f"/{NAME}/resolve/{COMMIT}/{file}" and file.endswith(".safetensors"):
             return self.answer(302, b"", Location=f"http://localhost:{self.server.server_port}/cdn/{file}")
         if path in (f"/cdn/{file}", f"/{NAME}/resolve/{COMMIT}/{file}") and file in self.server.files:
@@ -163,6 +167,13 @@ def test_the_cache_is_laid_out_as_huggingface_hub_does_it(site):
     assert hub.find(NAME) == folder and (folder / WEIGHTS).read_bytes() == FILES[WEIGHTS] and site.sent == sent
 
 
+def test_what_a_user_throws_away_because_it_is_damaged_comes_again(site):
+    weights = hub.find(NAME) / WEIGHTS
+    weights.write_bytes(b"damaged")  # through the link
+    weights.unlink()
+    assert (hub.find(NAME) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+
+
 def test_a_cut_download_goes_on_where_it_was_cut_by_itself(site, monkeypatch):
     monkeypatch.setattr(hub, "PAUSES", (0,))
     site.cuts = [1000, 300_000, 5]
@@ -213,15 +224,14 @@ def test_a_disk_that_fills_up_meanwhile_is_told(site):
     assert message.startswith(f"cannot write {NAME} into {site.cache}: No space left on device; make room and start")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_may_not_be_written_is_told(site):
-    site.cache.mkdir(mode=0o500)
-    assert f"cannot write {NAME} into {site.cache}: Permission denied; HF_HOME" in refusal()
+def test_a_cache_that_may_not_be_written_is_told(site, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", forbid)
+    assert f"cannot write {NAME} into {site.cache}: Permission denied; let HF_HOME" in refusal()
 
 
 def test_a_cache_that_is_no_folder_is_told(site):
     site.cache.write_text("a file")
-    assert f"cannot write {NAME} into {site.cache}: Not a directory; HF_HOME" in refusal()
+    assert f"cannot write {NAME} into {site.cache}: Not a directory; let HF_HOME" in refusal()
 
 
 def test_offline_it_is_told_what_to_do_unless_the_model_is_here(site, monkeypatch):
@@ -299,6 +309,15 @@ def test_a_file_that_ends_early_and_brings_nothing_more_ends_the_download(site, 
     assert site.cuts == [] and [part.stat().st_size for part in parts(site)] == [10]
 
 
+@pytest.mark.parametrize("status, message", [(404, "there is no"), (403, "granted access"), (503, "(status 503)")])
+def test_a_file_that_is_refused_is_told_and_what_came_before_it_is_kept(site, status, message):
+    site.file_status = status
+    with pytest.raises(SetupError, match=re.escape(message)):
+        hub.find(NAME)
+    site.file_status, sent = 200, site.sent
+    assert sent == SIZE - len(FILES[WEIGHTS]) and hub.find(NAME) and site.sent == SIZE
+
+
 def test_the_token_goes_to_the_hub_and_not_to_where_it_sends_us(site, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.find(NAME)
@@ -321,9 +340,10 @@ def test_names_and_hashes_cannot_leave_the_cache(site):
     assert sorted(file.name for file in hub.find(NAME).iterdir()) == sorted(NEEDED)
     shutil.rmtree(site.cache)
     named = site.siblings()
-    named[3]["lfs"]["sha256"] = "../../../evil"
-    site.info = {"siblings": named}
-    assert "does not answer as the hub does" in refusal() and not site.cache.exists()
+    for evil in ("../../../evil", "../" + "0" * 64):
+        named[3]["lfs"]["sha256"] = evil
+        site.info = {"siblings": named}
+        assert "does not answer as the hub does" in refusal() and not site.cache.exists()
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
