@@ -278,9 +278,10 @@ def forbid(*_, **__) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_told(folder, monkeypatch):
+    config = model.Config.read(folder)
     monkeypatch.setattr(Path, "open", forbid)
-    message = f"cannot read {folder}/model.safetensors: Permission denied; let its owner and mode allow it"
-    assert refusal(folder) == message
+    with pytest.raises(SetupError, match="model.safetensors: Permission denied; let its owner and mode allow it"):
+        model.load(folder, config)
 
 
 def test_what_is_converted_is_never_there_twice(folder):
