@@ -280,7 +280,7 @@ def forbid(*_, **__) -> None:
 def test_a_file_that_may_not_be_read_is_told(folder, monkeypatch):
     config = model.Config.read(folder)
     monkeypatch.setattr(Path, "open", forbid)
-    with pytest.raises(SetupError, match="model.safetensors: Permission denied; let its owner and mode allow it"):
+    with pytest.raises(SetupError, match="safetensors: Permission denied; let its owner and mode"):
         model.load(folder, config)
 
 
