@@ -34,7 +34,7 @@ from phi3v.sequences import Prompt  # noqa: E402
 PHI = Config(32064, 3072, 8192, 32, 32, 32, 1e-5, 10000.0, 131072, 4096, [1.0] * 48, [1.0] * 48, VisionConfig())
 FEW = replace(PHI, num_hidden_layers=2, vision=VisionConfig(num_hidden_layers=3))
 GRIDS = {1: (1, 1), 4: (2, 2), 16: (4, 4)}  # crops of a picture
-KINDS = {"4 bits": (4, True), "4 bits, pictures 16": (4, False), "8 bits": (8, True), "16 bits": (16, True)}
+KINDS = {"4 bits": (4, True), "4 bits, the tower 16": (4, False), "8 bits": (8, True), "16 bits": (16, True)}
 # A picture's features, one piece of a prompt and logits: --check with 1, 4 and 16 crops, float32, less the KV cache. A
 # GPU's bfloat16 needs half, and its attention writes no scores: these are bounds.
 WORK = {0: 0.3e9, 1: 0.2e9, 4: 0.2e9, 16: 0.6e9}
