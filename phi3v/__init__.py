@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def load(model: str = "demo", **limits) -> "LLM":
-    """A model ready to answer: "demo", a checkpoint folder, or a hub id that is on this machine.
+    """A model ready to answer: "demo", a checkpoint folder, or a hub id, which is downloaded once.
 
     `limits` are max_batch, max_queue, max_context (tokens), cache_bytes (0: nothing is kept) and idle_unload (seconds).
     Raises errors.SetupError with one line for a person when it cannot be loaded.

@@ -34,6 +34,7 @@ TIME = r"([1-9][0-9]{0,5})([mhd])", "a time such as 30m, 12h or 90d, nor 'never'
 HOST = r"[a-z0-9._-]+|[0-9a-f:.]+", "a host's name or address, without a port"
 ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?", "an origin such as https://a.example, without a path"
 GRACE = TIME[0], "a time such as 30m or 24h"
+MODEL = "mlx-community/Phi-3.5-vision-instruct-4bit"  # 2.3 GB on the hub
 QUESTION = "What is shown in this image?"
 ENDS = signal.SIGINT, signal.SIGTERM
 WATCH = 0.5  # seconds between two looks at the certificate's files and at the engine
@@ -286,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
     for sub in (serve_, generate_):
-        _option(sub, "--model", "demo", help="demo (the embedded one), a checkpoint folder or a hub id")
+        _option(sub, "--model", MODEL, help="demo (the embedded one), a checkpoint folder or a hub id")
     for sub in (serve_, create_, list_, update_, rotate_, delete_):
         _option(sub, "--db", "keys.db", help="the file that holds the keys")
     return parser

@@ -19,12 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import sampling, sequences
-from .cache import Cache, shared_length
 from .errors import RequestError, SetupError, Unavailable
 from .images import TOKENS, Crops
 from .language import KVCache, Part
-from .model import Phi3V
-from .sequences import Batch, Generation, Prompt, Sequence
+from .model import Config, Phi3V
+from .sequences import Batch, Cache, Generation, Prompt, Sequence, shared_length
 
 # The one lock that serializes MLX: held around every load and turn, by every engine of this process.
 MLX = threading.RLock()
@@ -55,6 +54,18 @@ class _Flight:
     logprobs: list[mx.array] = field(default_factory=list)
     scored: list[Sequence] = field(default_factory=list)  # whose targets have all been scored
     arrays: list[mx.array] = field(default_factory=list)
+
+
+def token_bytes(config: Config, itemsize: int) -> int:
+    """A token's keys and values in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+
+
+def room_for(config: Config, weights: int, itemsize: int, memory: int, kept: int | None = None) -> tuple[int, int]:
+    """What `memory` bytes have room for beside the weights: bytes that are kept, and tokens of all KV caches."""
+    free = max(0, memory - weights)
+    kept = int(free * KEPT) if kept is None else kept
+    return kept, max(LEAST_CONTEXT, (free - kept) // token_bytes(config, itemsize))
 
 
 class Engine:
@@ -183,14 +194,10 @@ class Engine:
             memory, share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), SHARE
             if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
                 memory, share = int(mx.device_info()["total_memory"]), SHARE_OF_GPU
-            config, weights = model.config, nn.utils.tree_flatten(model.parameters())
-            free = max(0, int(memory * share) - sum(array.nbytes for _, array in weights))
-            if limits["cache_bytes"] is None:
-                limits["cache_bytes"] = int(free * KEPT)
-            per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-            per_token *= model.model.norm.weight.itemsize
-            self._room = max(LEAST_CONTEXT, (free - limits["cache_bytes"]) // per_token)  # tokens of all KV caches
-            limits["context"] = min(limits["context"] or self._room, self._room, config.max_position_embeddings)
+            weights = sum(array.nbytes for _, array in nn.utils.tree_flatten(model.parameters()))
+            itemsize, kept = model.model.norm.weight.itemsize, limits["cache_bytes"]
+            limits["cache_bytes"], self._room = room_for(model.config, weights, itemsize, int(memory * share), kept)
+            limits["context"] = min(limits["context"] or self._room, self._room, model.config.max_position_embeddings)
             limits["batch"] = limits["batch"] or max(1, min(MAX_BATCH, self._room // 1024))
             self._cache.most = limits["cache_bytes"]
             mx.set_cache_limit(memory // 16)  # of freed buffers that MLX keeps for later; it would keep all

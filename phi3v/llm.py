@@ -4,7 +4,6 @@ Knows nothing of HTTP or JSON. Pictures are decoded and tokens become text on th
 """
 
 import json
-import logging
 import re
 import threading
 from collections import defaultdict
@@ -17,17 +16,15 @@ from types import NoneType
 import numpy as np
 
 from . import __version__, images, model
-from .cache import shared_length
 from .engine import Engine
 from .errors import RequestError, SetupError, check_text
 from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
-from .sequences import Generation, Prompt
+from .sequences import Generation, Prompt, shared_length
 from .tokenizer import Decoder, Parts, Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 
 PLACES = 2  # requests whose pictures are decoded at once
-log = logging.getLogger("phi3v")
 
 
 class LLM(AbstractContextManager):
@@ -264,7 +261,7 @@ def _chosen(generation: Generation, counts: list[tuple], choices: tuple[str, ...
 
 
 def _find(name: str) -> Path:
-    """The folder of a checkpoint: the embedded one, a folder, or what the hub's cache on this machine holds."""
+    """The folder of a checkpoint: the embedded one, a folder, or that of a hub id, which may have to be downloaded."""
     folder = DEMO if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -272,14 +269,9 @@ def _find(name: str) -> Path:
         raise SetupError(f"{name} is a file; a model is a folder with config.json and .safetensors files")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise SetupError(f"there is no folder {name}; try --model demo, the embedded model")
-    from mlx_lm.utils import hf_repo_to_path  # 2 s to import, and only this path needs it
+    from . import hub  # 0.3 s to import, and what is a path has no business with it
 
-    try:
-        return hf_repo_to_path(name)
-    except Exception as error:  # huggingface_hub's errors differ from version to version
-        log.debug("hub id %r was not found in the cache: %s", name, error)
-        advice = f"fetch it with `hf download {name}`, or try --model demo, which needs no download"
-        raise SetupError(f"{name} is neither a folder nor in this machine's Hugging Face cache: {advice}") from None
+    return hub.find(name)
 
 
 @contextmanager

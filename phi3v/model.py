@@ -6,6 +6,10 @@ Reads JSON and safetensors only, never code from the folder; knows nothing of re
 import json
 import math
 import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,6 +27,8 @@ PATCH_WEIGHT = "model.vision_embed_tokens.img_processor.vision_model.embeddings.
 # Tensors that checkpoints carry and nothing reads: buffers of old transformers, a fine-tuning's leftovers, and the top
 # of CLIP's tower (the number is the layer's), whose output Phi-3-V does not take.
 UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encoder\.layers\.(\d+)\.|inv_freq$")
+
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX's affine quantisation has
 
 
 @dataclass(frozen=True)
@@ -148,17 +154,27 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
     model, tensors = Phi3V(config or Config.read(folder)), {}
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = mx.float32  # shorter floats are slow there
-    for path in _weight_files(Path(folder)):
+    for path in weight_files(Path(folder)):
         try:
+            path.open("rb").close()  # safe_open says of each that it is not there
             with safe_open(path, "numpy"):  # checks what MLX does not: that offsets fit the file, shapes and each other
                 tensors |= mx.load(str(path))  # not evaluated yet
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except OSError as error:
+            raise SetupError(
+                f"cannot read {path}: {error.strerror or error}; let its owner and mode allow it"
+            ) from None
+        except (SafetensorError, RuntimeError) as error:
             raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
     _quantize(model, tensors, folder)
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
     _check_names(wanted, tensors, model.config.vision.layers_used, folder)
-    # Popped, so that what is converted is freed once it is.
-    model.load_weights([(name, _convert(name, tensors.pop(name), wanted[name], dtype, folder)) for name in wanted])
+    sizes = {name: tensors[name].nbytes for name in wanted}
+    with progress("loading the model", sum(sizes.values())) as advance:
+        for name, like in wanted.items():
+            wanted[name] = _convert(name, tensors.pop(name), like, dtype, folder)
+            mx.eval(wanted[name])  # one by one: all at once would be there as they are read and as they are converted
+            advance(sizes[name])
+    model.load_weights(list(wanted.items()))
     for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
         layer.self_attn.fuse()
     model.eval()
@@ -166,7 +182,31 @@ def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = No
     return model
 
 
-def _weight_files(folder: Path) -> list[Path]:
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A line on a terminal, if standard error is one: how many of `total` bytes are done. Call it with those added."""
+    shows, start, began = bool(sys.stderr and sys.stderr.isatty()), done, time.monotonic()
+    shown = began
+
+    def advance(added: int) -> None:
+        nonlocal done, shown
+        done, now = done + added, time.monotonic()
+        if shows and now - shown > 0.2:
+            shown, rate = now, max(1.0, (done - start) / (now - began))
+            left = f"{rate / 1e6:.0f} MB/s, {max(0, total - done) / rate:.0f} s left"
+            print(
+                f"\r{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left}\x1b[K", end="", file=sys.stderr, flush=True
+            )
+
+    try:
+        yield advance
+    finally:
+        if shown > began:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files that the index names, or all there are; SetupError if any lacks."""
     index = folder / "model.safetensors.index.json"
     paths = sorted(folder.glob("*.safetensors"))
     if index.exists():
@@ -177,9 +217,13 @@ def _weight_files(folder: Path) -> list[Path]:
     if outside := [str(path) for path in paths if path != folder / path.name]:
         raise SetupError(f"{index} names {outside[0]!r}, which is not a file of its folder")
     if missing := [path.name for path in paths if not path.exists()]:
-        raise SetupError(f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}")
+        raise SetupError(
+            f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}: copy or download them"
+        )
     if not paths:
-        raise SetupError(f"{folder} is no checkpoint folder: it has no .safetensors file (phi3v reads no other format)")
+        raise SetupError(
+            f"{folder} is no checkpoint folder: it has no .safetensors file, and phi3v reads no other format"
+        )
     return paths
 
 
@@ -190,10 +234,15 @@ def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:
         scales = tensors.get(f"{path}.scales")
         if scales is None or not hasattr(module, "to_quantized"):
             return False
-        if f"{path}.biases" not in tensors:
-            raise SetupError(f"{folder}: {path} is quantised without biases; phi3v reads MLX's affine mode only")
-        width = module.weight.shape[-1]
-        return {"bits": 32 * tensors[f"{path}.weight"].shape[-1] // width, "group_size": width // scales.shape[-1]}
+        weight, width = tensors.get(f"{path}.weight", scales), module.weight.shape[-1]
+        packed, groups = (array.shape[-1] if array.ndim == 2 else 0 for array in (weight, scales))
+        bits, group = 32 * packed / width, width / max(1, groups)
+        if bits not in BITS or group not in GROUPS or f"{path}.biases" not in tensors:
+            given = f"{path} is quantised in {bits:g} bits, groups of {group:g}"
+            given += "" if f"{path}.biases" in tensors else ", without biases"
+            allowed = f"{', '.join(map(str, BITS))} bits in groups of {', '.join(map(str, GROUPS))}, mode affine"
+            raise SetupError(f"{folder}: {given}; phi3v reads {allowed}: convert it anew")
+        return {"bits": int(bits), "group_size": int(group)}
 
     if any(name.endswith(".scales") for name in tensors):
         nn.quantize(model, class_predicate=parameters)
@@ -201,7 +250,9 @@ def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:
 
 def _check_names(wanted: dict[str, mx.array], tensors: dict[str, mx.array], layers_used: int, folder: Path) -> None:
     if missing := sorted(wanted.keys() - tensors.keys()):
-        raise SetupError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}")
+        raise SetupError(
+            f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}: copy or download it again"
+        )
     unread = ((name, UNREAD.search(name)) for name in tensors.keys() - wanted.keys())
     if surplus := sorted(name for name, found in unread if not found or (found[1] and int(found[1]) < layers_used)):
         raise SetupError(f"{folder} has {len(surplus)} tensors that Phi-3-vision has no place for, first {surplus[0]}")

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phi3v.cache import MIN_PREFIX, Cache, shared_length
 from phi3v.language import KVCache
+from phi3v.sequences import MIN_PREFIX, Cache, shared_length
 
 BYTES = 2 * 2 * 4  # of a token in the caches made here: two layers' keys and values of one float32
 

@@ -40,7 +40,16 @@ class Running:
 
     def __init__(self, folder: Path, *program: str):
         self.folder = folder
-        command = [sys.executable, *(program or ("-m", "phi3v")), "serve", "--first-key", "--port", "0"]
+        command = [
+            sys.executable,
+            *(program or ("-m", "phi3v")),
+            "serve",
+            "--first-key",
+            "--port",
+            "0",
+            "--model",
+            "demo",
+        ]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PHI3V_")} | {"PYTHONUNBUFFERED": "1"}
         self.stderr = open(folder / "stderr", "w+")
         self.process = subprocess.Popen(
@@ -246,6 +255,7 @@ def test_a_second_start_shows_no_key_and_keeps_the_certificate(tmp_path):
 
 def test_generate_streams_the_answer_and_prints_json_when_asked(tmp_path):
     command = [sys.executable, "-m", "phi3v", "generate", "What is shown in this image?", "--image", str(CIRCLE)]
+    command += ["--model", "demo"]
     plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (plain.stdout, plain.stderr, plain.returncode) == ("A red circle.\n", "", 0)
     reply = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)

@@ -325,6 +325,19 @@ def test_who_may_run_with_few_only_waits_and_is_left_alone(engine):
     engine._alive.clear()
 
 
+@pytest.mark.parametrize(
+    "memory, kept, expected",
+    [
+        (5_000_000_000, None, (750_000_000, 5722)),  # a quarter of what the weights leave, 393,216 bytes a token
+        (5_000_000_000, 0, (0, 7629)),
+        (1_000_000_000, None, (0, 2048)),
+    ],
+)
+def test_what_the_weights_leave_is_for_what_is_kept_and_for_caches(memory, kept, expected):
+    real = SimpleNamespace(num_hidden_layers=32, num_key_value_heads=32, head_dim=96)
+    assert engine_module.room_for(real, 2_000_000_000, 2, memory, kept) == expected
+
+
 def test_limits_come_from_memory_and_may_be_set():
     engine = Engine(partial(model.load, TINY))
     engine.wait()

@@ -14,19 +14,19 @@ FLOORS = [
     {"errors"},
     {"keys", "tls", "metrics", "request", "kernel", "head"},
     {"connection", "protocol", "images", "tokenizer", "sampling", "language", "vision"},
-    {"model", "cache", "sequences"},
-    {"engine"},
+    {"model", "sequences"},
+    {"engine", "hub"},
     {"llm"},
     {"server"},
     {"__init__"},
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"kernel", "language", "vision", "cache", "sampling", "sequences", "model", "engine"}
-# Inside functions only: so that `list` needs none of it, and a hub id is the only thing that waits for mlx-lm.
-LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "mlx_lm"), ("llm", "__init__"), ("__main__", "server")}
+MLX = {"kernel", "language", "vision", "sampling", "sequences", "model", "engine"}
+# Inside functions only: so that `list` needs none of it, and a path has no business with the hub.
+LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "__init__"), ("__main__", "server")}
 LAZY |= {("__main__", "protocol"), ("__main__", "__init__"), ("__init__", "errors")}
-OUTSIDE = {"mlx", "mlx_lm", "numpy", "PIL", "safetensors", "tokenizers"}
+OUTSIDE = {"huggingface_hub", "mlx", "numpy", "PIL", "safetensors", "tokenizers"}
 RUNS = {
     name
     for name in dir(os)

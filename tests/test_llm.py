@@ -302,8 +302,8 @@ def test_a_folder_whose_files_do_not_fit_together_is_told_in_one_line(tmp_path, 
 
 
 def test_names_that_are_no_model_are_told_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "file").touch()
     for name in ("./nowhere", "nowhere", "microsoft/no-such-model", str(tmp_path / "file"), str(tmp_path)):
         with pytest.raises(SetupError) as caught:

@@ -1,6 +1,8 @@
 """Checkpoint folders that are whole, sharded, quantised, damaged, foreign or hostile."""
 
+import errno
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -69,7 +71,7 @@ def test_a_sharded_checkpoint_is_the_same_model(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert np.array_equal(logits(model.load(folder)), expected)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert "lacks 1 of 2 weight files" in refusal(folder)
+    assert "lacks 1 of 2 weight files, first model-00002-of-00002.safetensors: copy or download" in refusal(folder)
 
 
 def test_an_index_cannot_name_files_elsewhere(folder):
@@ -177,9 +179,122 @@ def test_a_folder_that_is_no_checkpoint_is_told(tmp_path):
     assert "is not JSON" in refusal(tmp_path)
 
 
-def test_a_folder_without_safetensors_is_told(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "no .safetensors file" in refusal(folder)
+DOWN = "model.layers.0.mlp.down_proj"  # (64, 128) in the smallest checkpoint
+
+
+@pytest.mark.parametrize("bits", model.BITS)
+def test_all_bits_that_mlx_quantises_to_are_read(folder, bits):
+    def change(weights):
+        parts = mx.quantize(weights[f"{DOWN}.weight"], group_size=64, bits=bits)
+        weights |= dict(zip((f"{DOWN}.weight", f"{DOWN}.scales", f"{DOWN}.biases"), parts, strict=True))
+
+    plain = model.load(folder).model.layers[0].mlp.down_proj.weight
+    rewrite(folder, change)
+    found = model.load(folder).model.layers[0].mlp.down_proj
+    values = mx.dequantize(found.weight, found.scales, found.biases, 64, bits)
+    assert found.bits == bits and mx.abs(values - plain).max() <= 2 * mx.abs(plain).max() / (2**bits - 1)
+
+
+@pytest.mark.parametrize(
+    "weight, scales, biases, message",
+    [
+        ((64, 28), (64, 2), True, "7 bits, groups of 64; phi3v reads 2, 3, 4, 5, 6, 8 bits in groups of 32, 64, 128"),
+        ((64, 16), (64, 8), True, "4 bits, groups of 16; phi3v reads"),
+        ((64, 16), (64, 3), True, "4 bits, groups of 42.6667; phi3v reads"),
+        ((64, 16), (64, 0), True, "scales has shape (64, 0), config.json asks for (64, 1)"),
+        ((64, 16), (), True, "scales has shape (), config.json asks for (64, 1)"),
+        ((16,), (64, 2), True, "0 bits, groups of 64"),
+        ((64, 16), (64, 4), False, "4 bits, groups of 32, without biases; phi3v reads"),
+    ],
+)
+def test_a_quantisation_that_mlx_has_not_is_told(folder, weight, scales, biases, message):
+    def change(weights):
+        weights |= {f"{DOWN}.weight": mx.zeros(weight, mx.uint32), f"{DOWN}.scales": mx.zeros(scales)}
+        weights |= {f"{DOWN}.biases": mx.zeros(scales)} if biases else {}
+
+    rewrite(folder, change)
+    assert message in refusal(folder)
+
+
+def index_of(folder: Path, **more: str) -> None:
+    weight_map = dict.fromkeys(mx.load(str(folder / "model.safetensors")), "model.safetensors") | more
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def remove_a_norm(folder: Path) -> None:
+    index_of(folder)
+    rewrite(folder, lambda weights: weights.pop("model.norm.weight"))
+
+
+def replace_by_a_folder(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
+SPOILT = {
+    "only pickles": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "is no checkpoint folder: it has no .safetensors file, and phi3v reads no other format",
+    ),
+    "an index that names a shard that is not there": (
+        lambda folder: index_of(folder, other="model-2.safetensors"),
+        "lacks 1 of 2 weight files, first model-2.safetensors: copy or download them",
+    ),
+    "an index that names a tensor that is not there": (
+        remove_a_norm,
+        "lacks 1 of 58 tensors, first model.norm.weight: copy or download it again",
+    ),
+    "an index that is a list": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        "model.safetensors.index.json is damaged: it has no weight_map",
+    ),
+    "a link to nothing": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "x") and (folder / "model.safetensors").symlink_to("y")
+        ),
+        "lacks 1 of 1 weight files, first model.safetensors: copy or download them",
+    ),
+    "a folder for a file": (replace_by_a_folder, "model.safetensors: Is a directory; let its owner and mode allow it"),
+    "whole numbers for floats": (
+        lambda folder: rewrite(folder, lambda w: w.update({"model.norm.weight": mx.zeros(64, mx.uint8)})),
+        "model.norm.weight holds mlx.core.uint8, which is no weight's type here",
+    ),
+    "another quantiser's tensors": (
+        lambda folder: rewrite(folder, lambda w: w.update({f"{DOWN}.qweight": mx.zeros(9, mx.uint32)})),
+        f"has 1 tensors that Phi-3-vision has no place for, first {DOWN}.qweight",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
+def test_a_folder_that_was_spoilt_is_told_in_one_line_that_says_what_to_do(folder, spoil, message):
+    spoil(folder)
+    assert message in refusal(folder)
+
+
+def forbid(*_, **__) -> None:
+    """As the system does it, but also when root runs the tests."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_a_file_that_may_not_be_read_is_told(folder, monkeypatch):
+    config = model.Config.read(folder)
+    monkeypatch.setattr(Path, "open", forbid)
+    with pytest.raises(SetupError, match="safetensors: Permission denied; let its owner and mode"):
+        model.load(folder, config)
+
+
+def test_what_is_converted_is_never_there_twice(folder):
+    """The file of this is of shorter floats; all of them at once would be half as much again as what is kept."""
+    rewrite(folder, lambda w: w.update({name: array.astype(mx.bfloat16) for name, array in w.items()}))
+    model.load(folder)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before, phi = mx.get_active_memory(), model.load(folder)
+    kept = sum(array.nbytes for _, array in mlx.nn.utils.tree_flatten(phi.parameters()))
+    largest = max(array.nbytes for _, array in mlx.nn.utils.tree_flatten(phi.parameters()))
+    assert phi.model.norm.weight.dtype == mx.float32
+    assert kept <= mx.get_peak_memory() - before < kept + 2 * largest
 
 
 def test_a_cpu_computes_in_float32_and_other_types_are_kept_when_asked_for():

@@ -45,9 +45,9 @@ def test_every_promise_of_security_stands_in_its_place_and_names_tests_that_exis
     assert set(", ".join(shown).split(", ")) == set(parts)
 
 
-def test_run_time_dependencies_are_those_of_the_card_and_nothing_more():
+def test_run_time_dependencies_are_those_of_the_card_and_what_these_bring_and_we_import():
     names = sorted(re.match(r"[\w-]+", need)[0] for need in PROJECT["dependencies"])
-    assert names == ["mlx", "mlx-lm", "numpy", "pillow", "safetensors", "tokenizers", "transformers"]
+    assert names == ["huggingface_hub", "mlx", "mlx-lm", "numpy", "pillow", "safetensors", "tokenizers", "transformers"]
     assert PROJECT["requires-python"] == ">=3.12.3"
     assert PROJECT["optional-dependencies"] == {e: [f"mlx[{e}]"] for e in ("cpu", "cuda12", "cuda13")}
 

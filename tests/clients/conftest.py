@@ -30,7 +30,7 @@ class Server:
 
     def __init__(self, folder: Path, name: str, *options: str):
         self.folder, self.certificate, self.log = folder, folder / "server.crt", folder / f"{name}.log"
-        command = [SERVER_PYTHON, "-u", "-m", "phi3v", "serve", "--first-key", "--port", "0"]
+        command = [SERVER_PYTHON, "-u", "-m", "phi3v", "serve", "--first-key", "--port", "0", "--model", "demo"]
         command += ["--log-file", self.log.name, *options]
         self.process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         first = self.process.stdout.readline()  # "phi3v … answers at https://localhost:…", once it does
