@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "phi3v"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"keys", "tls", "metrics", "request", "kernel", "head"},
+    {"keys", "tls", "metrics", "request", "head"},
     {"connection", "protocol", "images", "tokenizer", "sampling", "language", "vision"},
     {"model", "cache", "sequences"},
     {"engine"},
@@ -22,7 +22,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"kernel", "language", "vision", "cache", "sampling", "sequences", "model", "engine"}
+MLX = {"language", "vision", "cache", "sampling", "sequences", "model", "engine"}
 # Inside functions only: so that `list` needs none of it, and a hub id is the only thing that waits for mlx-lm.
 LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "mlx_lm"), ("llm", "__init__"), ("__main__", "server")}
 LAZY |= {("__main__", "protocol"), ("__main__", "__init__"), ("__init__", "errors")}
