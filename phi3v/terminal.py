@@ -20,7 +20,7 @@ from . import __version__, fast_blas, open_llm, tls
 from .errors import RequestError, SetupError, check_text
 from .request import Picture, Request, SamplingParams, question
 
-AT_ONCE = 48  # pictures of --each on their way: 1.1 GB if all were cut into the most crops and none was looked at yet
+AT_ONCE = 32  # pictures of --each on their way: 0.7 GB if all were cut into the most crops and none was looked at yet
 QUESTION = "What is shown in this image?"
 EXAMPLE = Path(__file__).parent / "demo" / "red-circle.png"
 STATUS = """exit status: 0 answered; 1 failed, which with --each is any picture that was not answered, or whoever read
