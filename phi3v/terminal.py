@@ -181,7 +181,7 @@ def say_hello(arguments: argparse.Namespace, llm, keys, log_file: Path | None, p
         _, secret = keys.create("first")
         lines += [f"\nyour API key, shown only this once:\n{secret}"]
     else:
-        lines += [f"to make {'another' if some else 'a first'} API key: phi3v create --name NAME --db {keys.path}"]
+        lines += [f"\nto make {'another' if some else 'a first'} API key: phi3v create --name NAME --db {keys.path}"]
     body = json.dumps({"prompt": QUESTION, "images": [base64.b64encode(EXAMPLE.read_bytes()).decode()]})
     curl = f"curl --cacert {shlex.quote(str(certificate))} https://{here}:{port}/v1/completions"
     headers = f"-H 'Content-Type: application/json' -H 'X-API-Key: {secret}'"

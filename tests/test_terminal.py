@@ -176,7 +176,7 @@ def test_lines_of_another_prompt_or_of_another_program_stay_as_they_are(run):
 
 
 def test_after_kill_and_ctrl_c_every_picture_is_answered_once(run):
-    names = squares(20)
+    names = squares(12)
     each = ["generate", QUESTION, "--num-crops", "1", "--out", "out.jsonl", "--each", *names]
     for number, status in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
         Path("out.jsonl").touch()
@@ -247,7 +247,8 @@ def test_progress_is_shown_on_a_terminal_only(run, monkeypatch, capsys):
 
 def test_whoever_reads_only_the_beginning_gets_no_traceback():
     squares(3)
-    command = f"{sys.executable} -m phi3v generate '{QUESTION}' --num-crops 1 --each *.png | head -n 1; echo ${{PIPESTATUS[0]}}"
+    generate = f"{sys.executable} -m phi3v generate '{QUESTION}' --num-crops 1 --each *.png"
+    command = f"{generate} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     line, status = done.stdout.splitlines()
     assert json.loads(line)["file"].endswith(".png") and (status, done.stderr) == ("1", "")
