@@ -4,7 +4,6 @@ Imports MLX only in the subcommands that run a model: the others answer in under
 """
 
 import argparse
-import base64
 import json
 import logging
 import logging.handlers
@@ -12,9 +11,9 @@ import os
 import queue
 import re
 import resource
-import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,7 +21,7 @@ import warnings
 from contextlib import closing
 from pathlib import Path
 
-from . import __version__, fast_blas, tls
+from . import __version__, open_llm, terminal, tls
 from .errors import RequestError, SetupError
 from .keys import Key, KeyStore
 
@@ -35,11 +34,9 @@ HOST = r"[a-z0-9._-]+|[0-9a-f:.]+", "a host's name or address, without a port"
 ORIGIN = r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?", "an origin such as https://a.example, without a path"
 GRACE = TIME[0], "a time such as 30m or 24h"
 MODEL = "mlx-community/Phi-3.5-vision-instruct-4bit"  # 2.3 GB on the hub
-QUESTION = "What is shown in this image?"
 ENDS = signal.SIGINT, signal.SIGTERM
 WATCH = 0.5  # seconds between two looks at the certificate's files and at the engine
 SPARE_FILES = 256  # open files beside the connections': databases, the model, libraries
-EXAMPLE = Path(__file__).parent / "demo" / "red-circle.png"
 
 log = logging.getLogger("phi3v")
 
@@ -51,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if not hasattr(arguments, "run"):
-        parser.print_help(sys.stderr)
-        return 2
+        if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
+            parser.print_help(sys.stderr)
+            return 2
+        arguments = parser.parse_args(["chat"])
     try:
         arguments.run(arguments)
         if sys.stdout:
@@ -69,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM; running requests are answered first."""
-    from . import open_llm
     from .server import Server
 
     if not arguments.host:
@@ -95,12 +93,19 @@ def serve(arguments: argparse.Namespace) -> None:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
             llm.wait()
             _catch(signals, *ENDS)
-            _say_hello(arguments, llm, keys, log_file, server.server_address[1])
+            arguments.hello(arguments, llm, keys, log_file, server.server_address[1])
             _watch(arguments, server, llm, signals)
-            print("phi3v: finishing the running requests; a second Ctrl-C ends at once", file=sys.stderr)
+            log.warning("finishing the running requests; a second Ctrl-C ends at once")
             server.stop()
             if llm.status == "failed":  # a supervisor starts it again
                 raise SetupError(f"the engine has failed, the reason is in {log_file or 'what is above'}")
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """Serve the chat page on loopback, with a key that ends with this process, and open it."""
+    with tempfile.TemporaryDirectory(prefix="phi3v-chat-", dir=".") as folder:  # here: some browsers see no /tmp
+        private = ["serve", "--host", "127.0.0.1", "--port", "0", "--db", f"{folder}/keys.db"]
+        serve(argparse.Namespace(**vars(_parser().parse_args(private)) | vars(arguments)))
 
 
 def _catch(received: queue.SimpleQueue, *numbers: int) -> None:
@@ -206,31 +211,6 @@ def delete(arguments: argparse.Namespace) -> None:
     print(f"deleted {key.id} ({key.name})")
 
 
-def generate(arguments: argparse.Namespace) -> None:
-    """Answer one prompt on stdout, as it is made; with --json the reply that the server would give."""
-    from . import open_llm, protocol
-
-    for path in arguments.image:
-        if not Path(path).is_file():
-            raise SetupError(f"there is no picture {path}")
-    show = sys.stderr.isatty()
-    with open_llm(arguments.model) as llm:
-        if show:
-            print(f"loading {llm.checkpoint} …", end="\r", file=sys.stderr)
-        llm.wait()
-        if show:
-            print("\x1b[K", end="", file=sys.stderr)
-        params = {"max_tokens": arguments.max_tokens, "num_crops": arguments.num_crops}
-        with llm.stream(_text(os.fsencode(arguments.prompt)), arguments.image, **params) as deltas:
-            if arguments.json:
-                answer = protocol.Answer(False, llm.checkpoint, 1)
-                print(json.dumps(answer.whole(deltas), ensure_ascii=False, indent=2))
-                return
-            for delta in deltas:
-                print(delta.text, end="", flush=True)
-            print()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phi3v", description="Phi-3-Vision on MLX: a secure server and command line.")
     parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
@@ -250,10 +230,6 @@ def _parser() -> argparse.ArgumentParser:
     _option(sub, "--allowed-host", "", type=_names(*HOST), help="further names clients call it by, with commas")
     text = "web origins whose pages may use it, such as https://a.example"
     _option(sub, "--allow-origin", "", type=_names(*ORIGIN), dest="origins", help=text)
-    _option(sub, "--certfile", "server.crt", help="made on the first run if it is not there")
-    _option(sub, "--keyfile", "server.key", help="its private key")
-    _option(sub, "--log-file", "server.log", help="a line for each request; 60 MB at most")
-    _option(sub, "--log-level", "info", type=level, help="debug, info, warning or error")
     _option(sub, "--max-content-length", "1MB", type=size, help="largest body, such as 500KB or 1MB")
     _option(sub, "--max-chat-content-length", "20MB", type=size, help="the same, of the chat route")
     _option(sub, "--max-connections", 1024, type=count, help="the most clients at once; others are turned away")
@@ -263,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     _option(sub, "--max-context", "auto", type=auto_count, help="the most tokens of prompt and answer")
     _option(sub, "--cache-bytes", "auto", type=auto_size, help="memory to keep read prompts and pictures in")
     _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work, as 10m")
+    sub.set_defaults(hello=terminal.say_hello)
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
     sub = create_ = command(create, "create", "create an API key and print it, once")
     sub.add_argument("--name", required=True)
@@ -278,15 +255,33 @@ def _parser() -> argparse.ArgumentParser:
     text = "the old one stays valid so long, as 24h (not at all)"
     sub.add_argument("--grace", type=_kind(*GRACE), default=0, help=text)
     delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
-    sub = generate_ = command(generate, "generate", "answer one prompt in the terminal")
-    sub.add_argument("prompt")
-    sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    sub.add_argument("--max-tokens", type=int, help="the most tokens of the answer (512)")
+    sub = generate_ = command(
+        terminal.generate, "generate", "answer in the terminal, one prompt or one for each picture"
+    )
+    sub.epilog = terminal.STATUS
+    sub.set_defaults(refuse=sub.error)
+    sub.add_argument("prompt", help="the question, or - to read it from standard input")
+    text = "a picture, or - to read it from standard input; may be repeated"
+    pictures = sub.add_mutually_exclusive_group()
+    pictures.add_argument("--image", action="append", default=[], metavar="FILE", help=text)
+    text = "ask the same of each of these pictures, many at once: a JSON line for each as it is answered"
+    pictures.add_argument("--each", nargs="+", metavar="FILE", help=text)
+    text = "where --each adds its lines; what is answered there is not asked again, so that a broken run goes on"
+    sub.add_argument("--out", metavar="FILE.jsonl", help=text)
+    sub.add_argument("--max-tokens", type=int, help="the most tokens of an answer (512)")
     sub.add_argument("--num-crops", type=int, help="the most crops a picture is cut into, 1 to 16")
-    sub.add_argument("--json", action="store_true", help="print the reply that the server would give")
+    sub.add_argument("--json", action="store_true", help="print text, finish_reason, usage, model and seconds as JSON")
+    sub = chat_ = command(chat, "chat", "open the chat page in the browser; so does phi3v alone at a terminal")
+    sub.set_defaults(hello=terminal.open_page)
+    sub.add_argument("--no-browser", action="store_true", help="only print the page's address")
     for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
-    for sub in (serve_, generate_):
+    for sub in (serve_, chat_):
+        _option(sub, "--certfile", "server.crt", help="made on the first run if it is not there")
+        _option(sub, "--keyfile", "server.key", help="its private key")
+        _option(sub, "--log-file", "server.log", help="a line for each request; 60 MB at most")
+        _option(sub, "--log-level", "info", type=level, help="debug, info, warning or error")
+    for sub in (serve_, chat_, generate_):
         _option(sub, "--model", MODEL, help="demo (the embedded one), a checkpoint folder or a hub id")
     for sub in (serve_, create_, list_, update_, rotate_, delete_):
         _option(sub, "--db", "keys.db", help="the file that holds the keys")
@@ -378,37 +373,6 @@ def _start_log(arguments: argparse.Namespace) -> Path | None:
     file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     return Path(file.baseFilename)
-
-
-def _say_hello(arguments: argparse.Namespace, llm, keys: KeyStore, log_file: Path | None, port: int) -> None:
-    """What a person needs to know: where it is, which model answers, where things lie, and a line to try it."""
-    name, certificate = tls.public_name(arguments.host), Path(arguments.certfile).absolute()
-    everyone = arguments.host in ("0.0.0.0", "::")
-    here = "localhost" if everyone else f"[{name}]" if ":" in name else name
-    demo = " (the small embedded demo, not Phi-3.5-vision)" if arguments.model == "demo" else ""
-    batch, queue, context, kept = llm.limits.values()
-    lines = [
-        f"phi3v {__version__} answers at https://{here}:{port}",
-        f"model {llm.checkpoint}{demo}",
-        f"{batch} sequences at once of {queue} taken, {context:,} tokens each, {kept / 1e9:.1f} GB for what was read",
-        f"keys in {keys.path}, log in {log_file or 'no file'}",
-    ]
-    if sys.platform == "linux":
-        slow = "the slow BLAS of the MLX wheel: README says how to get OpenBLAS"
-        lines += [f"matrix products by {fast_blas() or slow}"]
-    if everyone:
-        lines += [f"others on this network: https://{name}:{port}, with a copy of {certificate}"]
-        lines += [f"whose SHA-256 fingerprint is {tls.fingerprint(certificate)}"]
-    secret, some = "YOUR_API_KEY", keys.list()
-    if arguments.first_key and not some:
-        _, secret = keys.create("first")
-        lines += [f"\nyour API key, shown only this once:\n{secret}"]
-    else:
-        lines += [f"to make {'another' if some else 'a first'} API key: phi3v create --name NAME --db {keys.path}"]
-    body = json.dumps({"prompt": QUESTION, "images": [base64.b64encode(EXAMPLE.read_bytes()).decode()]})
-    curl = f"curl --cacert {shlex.quote(str(certificate))} https://{here}:{port}/v1/completions"
-    headers = f"-H 'Content-Type: application/json' -H 'X-API-Key: {secret}'"
-    print(*lines, f"\ntry it:\n{curl} {headers} -d '{body}'\n", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-// Decode attention for rows of different lengths: the body of a CUDA kernel, which kernel.py hands to MLX's JIT.
+// Decode attention for rows of different lengths: the body of a CUDA kernel, which language.py hands to MLX's JIT.
 // MLX writes the head: the inputs qkv, keys, values, lengths, freqs and scale, the output out, the strides of keys and
-// values, and the template's T, D, HEADS, KV_HEADS, THREADS and UNROLL. kernel.py tells the shapes.
+// values, and the template's T, D, HEADS, KV_HEADS, THREADS and UNROLL. language.py tells the shapes.
 //
 // A block is one row and one query head. Four lanes share a key: with 16-byte loads each group of four reads whole
 // sectors, and its partial softmax (maximum, sum, weighted values) stays in registers until all groups are merged.

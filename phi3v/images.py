@@ -1,6 +1,7 @@
 """Image bytes → HD crops, as Phi-3-vision's own preprocessor makes them (numpy and Pillow only).
 
-Knows nothing of tokens' text or of the model. Size and kind are checked on the header, before decoding.
+Knows nothing of tokens' text or of the model. Size and kind are checked on the header, before decoding. On macOS the
+program `sips` makes JPEGs of HEIC files, of what is named by a path and never of what came over the wire.
 """
 
 import ctypes
@@ -10,6 +11,9 @@ import math
 import os
 import re
 import struct
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +38,8 @@ MAX_SAMPLES = 96_000_000  # of a progressive JPEG, which are kept at 2 bytes eac
 MAX_SCANS = 16  # of such a JPEG, 64 of a smaller one; 10 are usual, and each goes over the whole picture
 MAX_READS = 30_000  # of a file: a million small parts take seconds, the largest PNG in parts of 8 KB is 25,000
 MAX_EXIF = 500_000  # bytes, of which a JPEG holds 65,536 in one piece
+HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}  # ISO 23008-12, AVIF
+SIPS_TIMEOUT = 30  # seconds; a phone's photograph takes one
 BYTES = (1, 2, 6, 7)  # those types of a TIFF's tags that may be long
 # What is wrong with a picture is told to its sender; Pillow and libtiff would print it as well.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -91,7 +97,7 @@ class Header:
         if isinstance(source, str) and source[:5].lower() == "data:":
             source = image_bytes(source, param)
         elif isinstance(source, str | os.PathLike):
-            source = Path(source).read_bytes()
+            source = _read(Path(source), param)
         if not isinstance(source, bytes | bytearray | memoryview | Image.Image):
             raise TypeError(f"a picture is a path, bytes, a data: URL or a PIL image, not {type(source).__name__}")
         self._num_crops, self._param = num_crops, param
@@ -178,6 +184,29 @@ def _bicubic(size: int) -> tuple[np.ndarray, np.ndarray]:
     return taps.clip(0, size - 1).astype(int), weights
 
 
+def _heif(source: bytes) -> str | None:
+    """Whether the brands in a file's first box say HEIC or AVIF."""
+    box = source[: min(int.from_bytes(source[:4]), 256)]
+    found = box[4:8] == b"ftyp" and {box[i : i + 4] for i in range(8, len(box), 4)} & HEIF
+    return found and ("AVIF" if found & {b"avif", b"avis"} else "HEIC")
+
+
+def _read(path: Path, param: str) -> bytes:
+    """A file's bytes; on macOS those of a JPEG if it is a HEIC or AVIF."""
+    source = path.read_bytes()
+    if sys.platform != "darwin" or not _heif(source):
+        return source
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "picture.heic"), Path(folder, "picture.jpg")
+        given.write_bytes(source)  # a copy: the path may be a pipe, or begin with a dash
+        options = ["-s", "format", "jpeg", str(given), "--out", str(made)]
+        try:
+            subprocess.run(["sips", *options], capture_output=True, timeout=SIPS_TIMEOUT, check=True)
+            return made.read_bytes()
+        except (OSError, subprocess.SubprocessError):
+            raise RequestError(f"{param}: the program `sips` could not make a JPEG of it", param) from None
+
+
 class _File(io.BytesIO):
     reads = 0
 
@@ -189,8 +218,9 @@ class _File(io.BytesIO):
 
 
 def _open(source: bytes) -> Image.Image:
-    if source[4:8] == b"ftyp":
-        raise RequestError("HEIC and AVIF pictures are not read: send JPEG (an iPhone does with 'Most Compatible')")
+    if kind := _heif(source):
+        convert = "`sips -s format jpeg IN --out OUT.jpg` on a Mac or `heif-convert IN OUT.jpg` makes one"
+        raise RequestError(f"{kind} is not read here: send JPEG ({convert}, an iPhone does with 'Most Compatible')")
     if source[:2] in (b"II", b"MM"):  # a TIFF: Pillow makes an object of each number, strip, tile, colour
         order = "<" if source[:2] == b"II" else ">"
         (at,) = struct.unpack_from(order + "I", source, 4)

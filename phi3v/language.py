@@ -6,13 +6,12 @@ the checkpoint's, so that its tensors load by name.
 
 import math
 from copy import copy
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from . import kernel
 
 GROW = 256  # columns by which a cache grows: fewer copies than column by column, little waste
 
@@ -152,7 +151,7 @@ class Part:
         need = max(cache.lengths) + columns
         cache.reserve(need, GROW)
         self.tokens = len(cache.lengths) * columns
-        self.fused = columns == 1 and kernel.takes(cache.keys[0])
+        self.fused = columns == 1 and _kernel_takes(cache.keys[0])
         if self.fused:
             self.lengths = mx.array(cache.lengths, mx.int32)
         elif cache.even:  # these keep MLX's fused kernels
@@ -160,6 +159,54 @@ class Part:
         else:
             self.positions = mx.array(cache.lengths)
             self.mask = mx.arange(need) <= self.positions[:, None, None, None]
+
+
+@cache
+def _kernel():
+    """Rope, cache write and attention of rows of different lengths in one: decode_attention.cu.
+
+    MLX's fused attention takes rows of one length only: any mask leaves it, at 1.5 to 2.5 times the cost. Metal's takes
+    masks, so there, and on a CPU, MLX's own is used.
+    """
+    source = Path(__file__).with_name("decode_attention.cu").read_text(encoding="utf-8")
+    names = ["qkv", "keys", "values", "lengths", "freqs", "scale"]
+    # Whatever its layout, the cache must come as it is: MLX would write the new column into a contiguous copy of it.
+    return mx.fast.cuda_kernel("decode_attention", names, ["out"], source, ensure_row_contiguous=False)
+
+
+@cache
+def _scalar(value: float) -> mx.array:
+    return mx.array([value], mx.float32)
+
+
+def _kernel_takes(keys: mx.array | None) -> bool:
+    """Whether the kernel can compute with this cache here: on CUDA, heads that four lanes share evenly."""
+    on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
+    return on_cuda and keys is not None and keys.shape[-1] % (64 // keys.itemsize) == 0
+
+
+def _decode_attention(
+    qkv: mx.array, keys: mx.array, values: mx.array, lengths: mx.array, frequencies: mx.array, scale: float
+) -> mx.array:
+    """One step of attention: qkv (rows, (heads + 2·kv_heads)·dim) → (rows, heads·dim).
+
+    `keys` and `values` are (slots, kv_heads, capacity, dim), of which row r has `lengths[r]`; its new key, rotated, and
+    value are written behind them, in place. MLX does not see that write. It needs not: whoever reads the cache next
+    depends on this step's tokens, or is evaluated after them on the same stream.
+    """
+    rows, dim, kv_heads = len(qkv), keys.shape[-1], keys.shape[1]
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    # Many small blocks where there are rows for them, else few that each have more loads under way: tried on an H200.
+    threads, unroll = (64, 2) if rows * heads >= 2048 else (256, 4)
+    template = {"T": qkv.dtype, "D": dim, "HEADS": heads, "KV_HEADS": kv_heads, "THREADS": threads, "UNROLL": unroll}
+    return _kernel()(
+        inputs=[qkv, keys, values, lengths, frequencies, _scalar(scale)],
+        template=list(template.items()),
+        grid=(threads, heads, rows),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows, heads * dim)],
+        output_dtypes=[qkv.dtype],
+    )[0]
 
 
 class Attention(nn.Module):
@@ -183,7 +230,7 @@ class Attention(nn.Module):
         cache, rope = part.cache, self._rope
         if part.fused:
             keys, values = cache.keys[layer], cache.values[layer]
-            return kernel.decode_attention(x, keys, values, part.lengths, rope.frequencies[part.long], rope.scale)
+            return _decode_attention(x, keys, values, part.lengths, rope.frequencies[part.long], rope.scale)
         heads = x.reshape(len(cache.lengths), part.columns, -1, self._dim).swapaxes(1, 2)
         queries, keys, values = mx.split(heads, [self._heads, self._heads + self._kv_heads], axis=1)
         queries, keys = (rope(heads, part.positions, part.long) for heads in (queries, keys))

@@ -86,7 +86,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return  # a machine without IPv6: its localhost is the first address only
             self.server_close()
             reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or "a port is 0 to 65535"
-            reason += "; is phi3v running already? --port takes another" * (number == errno.EADDRINUSE)
+            reason += f"; is phi3v running already? --port {port + 1} takes another" * (number == errno.EADDRINUSE)
+            reason += "; ports below 1024 are the system's: try --port 8443" * (number == errno.EACCES)
             raise errors.SetupError(f"cannot listen on {host} port {port}: {reason}") from None
         listener.setblocking(False)
         if not self._selector.get_map():

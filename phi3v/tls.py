@@ -6,9 +6,11 @@ moved into place whole, the key first, and a key without certificate gets one: a
 
 import ipaddress
 import re
+import shlex
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,15 @@ DAYS = 825  # the most that Apple's systems accept from a private issuer
 WARN_SECONDS = 30 * 86400
 OURS = "CN=localhost,O=phi3v"  # subject and issuer of a certificate of ours: only such a one is ever replaced
 OPENSSL_TIMEOUT = 30  # seconds; a P-256 key takes milliseconds
+
+# What makes a certificate of ours trusted where it is no authority's: Chromium takes it as a peer only, Firefox as an
+# authority only. The first two are what other makers of such certificates type, and were not tried.
+TRUST = {
+    "macOS": "security add-trusted-cert -p ssl -k ~/Library/Keychains/login.keychain-db {}",
+    "Windows": "certutil -addstore -user Root {}",
+    "Linux, Chromium and Chrome": "certutil -d sql:$HOME/.pki/nssdb -A -t P,, -n phi3v -i {}",
+    "Linux, Firefox": "for p in ~/.mozilla/firefox/*.default*; do certutil -d sql:$p -A -t C,, -n phi3v -i {}; done",
+}
 
 CONFIG = """
 [req]
@@ -103,6 +114,14 @@ def fingerprint(certfile: str | Path) -> str:
     return _openssl(["x509", "-in", str(certfile), "-noout", "-fingerprint", "-sha256"]).strip().split("=", 1)[1]
 
 
+def trust_lines(certfile: Path, everyone: bool = False) -> list[str]:
+    """What to type so that browsers trust a certificate of ours, on this system or each; [] for any other's."""
+    here = "macOS" if sys.platform == "darwin" else "Linux"
+    shown = certfile.name if everyone else shlex.quote(str(certfile))
+    lines = [f"  {where}: {line.format(shown)}" for where, line in TRUST.items() if everyone or where.startswith(here)]
+    return lines if _inspect(certfile)[0] else []
+
+
 def _make_certificate(cert: Path, key: Path, names: list[str]) -> None:
     names = [("IP:" if re.fullmatch(r"([0-9]+\.){3}[0-9]+|.*:.*", name) else "DNS:") + name for name in names]
     with tempfile.NamedTemporaryFile("w", suffix=".cnf") as config:
@@ -141,7 +160,10 @@ def _openssl(arguments: list[str]) -> str:
     try:
         done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=OPENSSL_TIMEOUT)
     except FileNotFoundError:
-        raise SetupError("the program `openssl` is not installed; phi3v needs it for the TLS certificate") from None
+        advice = "`apt install openssl`, `dnf install openssl` or `brew install openssl` does that"
+        raise SetupError(
+            f"the program `openssl`, which makes the TLS certificate, is not installed; {advice}"
+        ) from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SetupError(f"the program `openssl` does not run: {error}") from None
     if done.returncode:

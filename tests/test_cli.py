@@ -17,11 +17,13 @@ from types import SimpleNamespace
 import pytest
 
 from phi3v import __version__, tls
-from phi3v.__main__ import _say_hello, main
+from phi3v.__main__ import main
 from phi3v.keys import KeyStore
+from phi3v.terminal import say_hello
 
 HEAD = ["ID", "NAME", "KEY", "LIMIT/MIN", "CREATED", "EXPIRES", "LAST", "USED", "REQUESTS", "TOKENS"]
 DAY = 86400
+TEXT = {"capture_output": True, "text": True, "check": True}
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +203,10 @@ WRONG_USAGE = [
     "serve --max-tokens 0",
     "generate",
     "generate hello --max-tokens many",
+    "generate hello --out answers.jsonl",
+    "generate hello --image a.png --each b.png",
+    "generate - --image -",
+    "chat --port 8000",
     "rename",
     "--verbose",
 ]
@@ -315,21 +321,30 @@ def test_a_server_that_cannot_start_says_why_in_one_line(pair, tmp_path, options
     ],
 )
 def test_serve_says_where_it_is_and_prints_a_curl_line_that_the_shell_can_read(
-    pair, tmp_path, capsys, host, here, others
+    pair, tmp_path, monkeypatch, capsys, host, here, others
 ):
+    monkeypatch.setattr(sys, "platform", "linux")
     folder = tmp_path / "a folder"
     folder.mkdir()
     certificate = shutil.copy(pair[0], folder)
     arguments = argparse.Namespace(host=host, certfile=certificate, model="demo", first_key=False)
     limits = {"batch": 8, "queue": 64, "context": 4096, "cache_bytes": 1_500_000_000}
     with closing(KeyStore("keys.db")) as keys:
-        _say_hello(arguments, SimpleNamespace(checkpoint="demo-1", limits=limits), keys, None, 8443)
+        say_hello(arguments, SimpleNamespace(checkpoint="demo-1", limits=limits), keys, None, 8443)
     printed = capsys.readouterr().out
     assert f"answers at {here}\n" in printed and "not Phi-3.5-vision" in printed and "log in no file" in printed
     assert "8 sequences at once of 64 taken, 4,096 tokens each, 1.5 GB for what was read" in printed
     assert f"make a first API key: phi3v create --name NAME --db {tmp_path}/keys.db" in printed
     assert (f"others on this network: {others}," in printed) == bool(others)
-    assert (f"fingerprint is {tls.fingerprint(certificate)}" in printed) == bool(others)
+    shown = subprocess.run(["openssl", "x509", "-in", certificate, "-noout", "-fingerprint", "-sha256"], **TEXT)
+    digest = shown.stdout.strip().partition("=")[2]
+    assert re.fullmatch("([0-9A-F]{2}:){31}[0-9A-F]{2}", digest)  # as browsers show it
+    assert (f"fingerprint is {digest}\n" in printed) == bool(others)
+    systems = ["macOS", "Windows", "Linux, Chromium and Chrome", "Linux, Firefox"]
+    found = re.findall(r"^  ([^:]+): (.*)$", printed, re.M)
+    own = found[: len(found) - len(systems)] if others else found
+    assert own == [(s, tls.TRUST[s].format(shlex.quote(certificate))) for s in systems[2:]]  # tried on Linux
+    assert found[len(own) :] == ([(s, tls.TRUST[s].format("server.crt")) for s in systems] if others else [])
     words = shlex.split(next(line for line in printed.splitlines() if line.startswith("curl")))
     assert words[:4] == ["curl", "--cacert", certificate, f"{here}/v1/completions"]
     assert json.loads(words[-1])["prompt"] == "What is shown in this image?"

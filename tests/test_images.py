@@ -1,6 +1,7 @@
 """Picture bytes → crops: geometry, colours, orientation, and every limit."""
 
 import io
+import os
 import random
 import sys
 import warnings
@@ -139,7 +140,9 @@ REFUSED = {
     "nothing": (b"", "none of PNG, JPEG"),
     "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "none of PNG, JPEG"),
     "an EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG, JPEG"),
-    "a HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0", "send JPEG"),
+    "a HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC is not read here: send JPEG .`sips -s format jpeg IN"),
+    "an AVIF": (b"\0\0\0\x20ftypmif1\0\0\0\0mif1avifmiaf", "AVIF is not read here: send JPEG"),
+    "a video": (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(99), "the picture is none of PNG, JPEG"),
     "half a PNG": (SMALL[: len(SMALL) // 2], "damaged or cut off"),
     "a wrong checksum": (SMALL.replace(b"IDATx\x9c", b"IDATx\x9d"), "damaged or cut off"),
     "a strip": (encoded(Image.new("L", (1020, 20)), "PNG"), "50 times"),
@@ -161,6 +164,39 @@ def test_what_cannot_or_must_not_be_read_is_refused(name):
         with pytest.raises(RequestError, match=message) as caught:
             load(data)
     assert "0x" not in caught.value.message  # Pillow's words hold a heap address
+
+
+SIPS = """#!/bin/sh
+[ "$*" = "-s format jpeg $4 --out $6" ] && grep -q ftypheic "$4" || exit 9
+echo "$4" >> {folder}/given
+[ -e {folder}/made.jpg ] && cp {folder}/made.jpg "$6"
+echo "a warning" >&2
+"""
+
+
+def test_a_heic_file_is_read_through_sips_on_a_mac_and_one_in_memory_is_not(tmp_path, monkeypatch):
+    """With a program of that name that makes the picture `made.jpg`, or makes nothing."""
+    heic, photo = REFUSED["a HEIC"][0], tmp_path / "-s a photo.HEIC"
+    photo.write_bytes(heic)
+    program = tmp_path / "sips"
+    program.write_text(SIPS.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "made.jpg").write_bytes(encoded(Image.new("RGB", (64, 48), "red"), "JPEG"))
+    with pytest.raises(RequestError, match="send JPEG"):
+        load(photo)  # this system is no Mac
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert load(photo).size == load(str(photo)).size == (64, 48)
+    given = (tmp_path / "given").read_text().splitlines()
+    assert len(given) == 2 and not any(os.path.exists(name) for name in given)  # its files are gone
+    with pytest.raises(RequestError, match="send JPEG"):
+        load(heic)  # as it comes over the wire
+    (tmp_path / "made.jpg").unlink()
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"^images: the program `sips` could not make a JPEG of it$"):
+            load(photo)
+        program.unlink(missing_ok=True)
+    assert len((tmp_path / "given").read_text().splitlines()) == 3
 
 
 def test_a_picture_is_not_decoded_before_its_size_is_known(monkeypatch):

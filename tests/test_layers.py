@@ -12,20 +12,21 @@ PACKAGE = Path(__file__).parent.parent / "phi3v"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"keys", "tls", "metrics", "request", "kernel", "head"},
+    {"keys", "tls", "metrics", "request", "head"},
     {"connection", "protocol", "images", "tokenizer", "sampling", "language", "vision"},
     {"model", "sequences"},
     {"engine", "hub"},
     {"llm"},
     {"server"},
     {"__init__"},
+    {"terminal"},
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"kernel", "language", "vision", "sampling", "sequences", "model", "engine"}
+MLX = {"language", "vision", "sampling", "sequences", "model", "engine"}
 # Inside functions only: so that `list` needs none of it, and a path has no business with the hub.
 LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "__init__"), ("__main__", "server")}
-LAZY |= {("__main__", "protocol"), ("__main__", "__init__"), ("__init__", "errors")}
+LAZY |= {("__init__", "errors")}
 OUTSIDE = {"huggingface_hub", "mlx", "numpy", "PIL", "safetensors", "tokenizers"}
 RUNS = {
     name
@@ -71,22 +72,34 @@ def test_mlx_and_other_packages_are_imported_where_they_may_be(module):
     foreign = everything - set(MODULES) - set(sys.stdlib_module_names)
     assert foreign <= OUTSIDE
     assert ("mlx" in everything) == (module in MLX or module == "__init__")
-    if module in ("__init__", "__main__", "keys", "tls", "metrics", "errors", "request", "protocol", "server"):
+    if module in (
+        "__init__",
+        "__main__",
+        "terminal",
+        "keys",
+        "tls",
+        "metrics",
+        "errors",
+        "request",
+        "protocol",
+        "server",
+    ):
         assert not imports(module, anywhere=False) & (OUTSIDE | {"llm"})
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_nothing_is_evaluated_unpickled_or_run_but_openssl(module):
+def test_nothing_is_evaluated_unpickled_or_run_but_openssl_and_sips(module):
     names = {node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)}
     assert not names & {"eval", "exec", "compile", "__import__"}
     assert not imports(module, anywhere=True) & {"pickle", "marshal", "shelve", "importlib", "runpy", "code", "dill"}
     assert not imports(module, anywhere=True) & {"torch", "joblib", "transformers", "jinja2", "multiprocessing", "pty"}
     assert "trust_remote_code" not in (PACKAGE / f"{module}.py").read_text()
-    assert ("subprocess" in imports(module, anywhere=True)) == (module == "tls")
+    assert ("subprocess" in imports(module, anywhere=True)) == (module in ("tls", "images"))
     calls = [n for n in ast.walk(tree(module)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     started = {c.func.attr for c in calls if getattr(c.func.value, "id", "") in ("os", "subprocess")}
     assert not started & RUNS
     loads = {ast.unparse(c.func) for c in calls if c.func.attr in ("load", "loads", "fromfile", "memmap", "genfromtxt")}
     assert loads <= {"json.loads"} | ({"mx.load"} if module == "model" else set())  # there, what safe_open has checked
     programs = [ast.unparse(c.args[0]) for c in calls if ast.unparse(c.func) == "subprocess.run"]
-    assert programs == (["['openssl', *arguments]"] if module == "tls" else [])
+    run = {"tls": ["['openssl', *arguments]"], "images": ["['sips', *options]"]}
+    assert programs == run.get(module, [])

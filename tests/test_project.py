@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from phi3v import __main__ as cli
+from phi3v import tls
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,11 @@ def test_every_promise_of_security_stands_in_its_place_and_names_tests_that_exis
     parts = re.findall(r'^    "([\w-]+)": \(', (ROOT / "bench" / "guarantees" / "run.py").read_text(), re.M)
     shown = re.findall(r"guarantees: ([\w, -]+?) \|$", text, re.M)
     assert set(", ".join(shown).split(", ")) == set(parts)
+
+
+def test_the_lines_that_make_a_certificate_trusted_are_those_that_serve_prints():
+    rows = dict(re.findall(r"^\| ([^|]+) \| `(.+)` \|$", (ROOT / "docs" / "certificate.md").read_text(), re.M))
+    assert {where: rows[where] for where in tls.TRUST} == {w: t.format("server.crt") for w, t in tls.TRUST.items()}
 
 
 def test_run_time_dependencies_are_those_of_the_card_and_what_these_bring_and_we_import():

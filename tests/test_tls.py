@@ -322,7 +322,7 @@ def test_without_the_openssl_program_or_a_folder_there_is_one_line_and_no_pair(f
         tmp_path / "no" / "a.key",
     )
     monkeypatch.setenv("PATH", "")
-    message = "the program `openssl` is not installed; phi3v needs it for the TLS certificate"
+    message = "the program `openssl`, which makes the TLS certificate, is not installed; `apt install openssl`, .*"
     refused(message, tls.ensure_certificate, *own)
     own[0].unlink()
     refused(message, tls.ensure_certificate, *own)
