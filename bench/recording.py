@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 README, WHOLE = ROOT / "README.md", ROOT / "docs" / "terminal.txt"
 WIDTH = 150  # characters of a line; the curl line that `serve` prints holds a picture
 SHORT = [
+    "export PHI3V_MODEL=demo",
     'phi3v generate "What is shown in this image?" --image red-circle.png',
     'phi3v generate "What is shown in this image?" --each photos/*.png --out captions.jsonl; head -n 1 captions.jsonl',
 ]
@@ -56,7 +57,7 @@ def main() -> None:
 def record(command: str, folder: Path) -> str:
     """The command behind a $, and what it shows, as far as it is the same everywhere."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PHI3V_")}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PHI3V_MODEL": "demo"}
     script = f'phi3v() {{ "{sys.executable}" -m phi3v "$@"; }}; {command}'
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     shown, last = "", next((word for start, word in LAST.items() if command.startswith(start)), None)

@@ -38,6 +38,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in [n for n in os.environ if n.startswith("PHI3V_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("PHI3V_MODEL", "demo")
     shutil.copy(CIRCLE, "circle.png")
     return tmp_path
 
