@@ -77,7 +77,9 @@ def serve(arguments: argparse.Namespace) -> None:
     limits = {name: getattr(arguments, name) for name in names}
     signals: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
     _catch(signals, signal.SIGHUP)  # also while a model loads, or it would end us
-    with open_llm(arguments.model, **limits) as llm:  # first: what is no model must leave no files behind
+    with open_llm(
+        arguments.model, adapter=arguments.adapter, **limits
+    ) as llm:  # first: what is no model must leave no files behind
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host, *arguments.allowed_host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
@@ -213,7 +215,7 @@ def generate(arguments: argparse.Namespace) -> None:
         if not Path(path).is_file():
             raise SetupError(f"there is no picture {path}")
     show = sys.stderr.isatty()
-    with open_llm(arguments.model) as llm:
+    with open_llm(arguments.model, adapter=arguments.adapter) as llm:
         if show:
             print(f"loading {llm.checkpoint} …", end="\r", file=sys.stderr)
         llm.wait()
@@ -228,6 +230,27 @@ def generate(arguments: argparse.Namespace) -> None:
             for delta in deltas:
                 print(delta.text, end="", flush=True)
             print()
+
+
+def quantize(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint with fewer bits, and say what that saved and what it changed."""
+    from . import need_mlx
+
+    need_mlx()
+    from .llm import find
+    from .quantize import agreement
+    from .quantize import quantize as convert
+
+    def tell(what: str, share: float) -> None:
+        if sys.stderr.isatty():
+            print(f"{what} … {share:4.0%}", end="\r", file=sys.stderr)
+
+    source, out = find(arguments.model), Path(arguments.out)
+    options = arguments.bits, arguments.group_size, arguments.vision
+    before, after = convert(source, out, *options, tell)
+    print(f"{out}: {before / 1e9:.2f} GB before, {after / 1e9:.2f} GB after", flush=True)
+    same, places = agreement(source, out, tell)
+    print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -283,10 +306,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-tokens", type=int, help="the most tokens of the answer (512)")
     sub.add_argument("--num-crops", type=int, help="the most crops a picture is cut into, 1 to 16")
     sub.add_argument("--json", action="store_true", help="print the reply that the server would give")
+    sub = command(quantize, "quantize", "write a checkpoint with fewer bits to a weight")
+    sub.add_argument("model", metavar="MODEL", help="demo, a checkpoint folder or a hub id")
+    sub.add_argument("out", metavar="OUT", help="the folder to make")
+    sub.add_argument("--bits", type=int, default=4, help="2, 3, 4, 6 or 8 (4)")
+    sub.add_argument("--group-size", type=int, default=64, help="weights that share a scale: 32, 64 or 128 (64)")
+    sub.add_argument("--vision", action="store_true", help="the vision tower, too, which stays as it is otherwise")
     for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
     for sub in (serve_, generate_):
         _option(sub, "--model", "demo", help="demo (the embedded one), a checkpoint folder or a hub id")
+        _option(sub, "--adapter", "", help="the folder of a LoRA or DoRA adapter that mlx-lm has made")
     for sub in (serve_, create_, list_, update_, rotate_, delete_):
         _option(sub, "--db", "keys.db", help="the file that holds the keys")
     return parser
