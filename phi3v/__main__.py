@@ -248,7 +248,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     source, out = find(arguments.model), Path(arguments.out)
     options = arguments.bits, arguments.group_size, arguments.vision
     before, after = convert(source, out, *options, tell)
-    print(f"{out}: {before / 1e9:.2f} GB before, {after / 1e9:.2f} GB after", flush=True)
+    print(f"{out}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after", flush=True)
     same, places = agreement(source, out, tell)
     print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
 

@@ -309,6 +309,6 @@ def _check_adapter(folder: Path, name: str, layer: nn.Module | None, given: dict
         width = 32 * width // layer.bits
     rank = given["lora_a"].shape[-1] if "lora_a" in given else 0
     right = {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}
-    found = {leaf: array.shape for leaf, array in given.items()}
+    found = {leaf: given[leaf].shape for leaf in sorted(given)}
     if found != (wanted := {leaf: right[leaf] for leaf in sorted(leaves)}):
         raise SetupError(f"{folder} has {found} for {name}, this model takes {wanted}: it is for another, or damaged")

@@ -42,10 +42,10 @@ def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool, 
     Linear and embedding weights whose width is a multiple of the group get so many bits, all else stays. `out` appears
     when it is whole. Raises SetupError, OSError.
     """
-    if bits not in BITS or group_size not in GROUPS:
-        allowed = " or ".join(", ".join(map(str, some)) for some in (BITS, GROUPS))
-        raise SetupError(f"cannot quantise to {bits} bits in groups of {group_size}: {allowed} may be")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    for name, given, allowed in (("bits", bits, BITS), ("group-size", group_size, GROUPS)):
+        if given not in allowed:
+            raise SetupError(f"--{name} is {given}, MLX quantises with {', '.join(map(str, allowed))}")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
         raise SetupError(f"{out} is there already: name a folder that is not, or that is empty")
     Config.read(source)
     Tokenizer(source)
@@ -60,10 +60,15 @@ def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool, 
             small = array.size * bits // 8 + 2 * array.size // group_size * array.itemsize
             after += small if plan[name] else array.nbytes
     part = out.with_name(f".{out.name}.part")
-    part.mkdir()  # also says that nobody may write there, or that another run does
+    try:
+        part.mkdir()
+    except FileExistsError:
+        raise SetupError(f"{part} is there: another run makes {out.name}, or one was cut off; then delete it") from None
+    except OSError as error:
+        raise SetupError(f"cannot make {out}: {error.strerror}") from None
     try:
         if (free := shutil.disk_usage(part).free) < after:
-            raise SetupError(f"{out} would have {after / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free there")
+            raise SetupError(f"{out} would have {after / 1e6:,.1f} MB, only {free / 1e6:,.1f} MB are free there")
         shards = _shards(_tensors(source, plan, bits, group_size, lambda share: tell("quantising", share)))
         _write(part, shards, after)
         _describe(source, part, {"group_size": group_size, "bits": bits, "mode": "affine"}, plan)
