@@ -9,7 +9,6 @@ none of its known deviations counts: short factors equal to the long ones, one c
 over TOLERANCE of the largest, which float32 allows for.
 """
 
-import json
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -34,8 +33,7 @@ from PIL import Image  # noqa: E402
 
 from phi3v.images import SIDE, Crops, process  # noqa: E402
 from phi3v.language import KVCache, Part  # noqa: E402
-from phi3v.llm import DEMO  # noqa: E402
-from phi3v.model import Config, VisionConfig, load  # noqa: E402
+from phi3v.model import VisionConfig, load  # noqa: E402
 from phi3v.quantize import quantize  # noqa: E402
 
 TOLERANCE = 2e-5
@@ -62,13 +60,7 @@ def make(folder: Path) -> None:
     weights |= {f"{tower}post_layernorm.{part}": mx.ones(1024, mx.bfloat16) for part in ("weight", "bias")}
     embedding = f"{tower}embeddings.patch_embedding.weight"
     weights[embedding] = mx.contiguous(weights[embedding].moveaxis(-1, 1))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-    raw = peers._arguments(config, "phi3_v") | {"torch_dtype": "bfloat16"}
-    raw |= {"img_processor": {"num_hidden_layers": 3}, "image_dim_out": 1024}
-    del raw["vision"], raw["short_factor"], raw["long_factor"]
-    (folder / "config.json").write_text(json.dumps(raw))
-    for name in ("tokenizer.json", "preprocessor_config.json"):
-        (folder / name).write_bytes((DEMO / name).read_bytes())
+    peers.write_folder(config, weights, folder)
 
 
 def convert_theirs(source: Path, out: Path, **options) -> None:
@@ -117,7 +109,6 @@ def main() -> int:
         source = Path(made) / "source"
         source.mkdir()
         make(source)
-        Config.read(source)
         for number, (name, options) in enumerate((CONVERSIONS | OURS).items()):
             out = Path(made) / str(number)
             if name in OURS:
