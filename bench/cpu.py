@@ -25,7 +25,6 @@ SIDES = {  # name: does it have OpenBLAS
     "phi3v": ("ours", "1"),
     "phi3v without OpenBLAS": ("ours", "0"),
     "mlx-vlm": ("theirs", "0"),
-    "mlx-vlm given OpenBLAS": ("theirs", "1"),
 }
 
 
