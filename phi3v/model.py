@@ -284,8 +284,9 @@ def _adapt(model: Phi3V, folder: Path) -> None:
     parts: dict[str, dict[str, mx.array]] = defaultdict(dict)
     for name, array in read(folder / "adapters.safetensors").items():
         parts[name.rpartition(".")[0]][name.rpartition(".")[2]] = array
+    layers = {name: module for name, module in model.named_modules() if "vision" not in name}
     for name, given in parts.items():
-        layer = dict(model.named_modules()).get(name) if "vision" not in name else None
+        layer = layers.get(name)
         _check_adapter(folder, name, layer, given, {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])})
         quantized, weight = isinstance(layer, nn.QuantizedLinear), layer.weight
         if quantized:

@@ -15,6 +15,7 @@ from mlx_lm.models import phi3
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import phi3v
+from phi3v import __main__ as cli
 from phi3v import model
 from phi3v.errors import SetupError
 from phi3v.quantize import quantize
@@ -109,6 +110,18 @@ def test_the_module_takes_an_adapter_and_says_so_in_its_name(trained):
     ):
         assert (llm.checkpoint, base.checkpoint) == ("tiny-gqa+lora", "tiny-gqa")
         assert llm.generate("Hello", **params) != base.generate("Hello", **params)
+
+
+def test_the_command_line_takes_an_adapter_and_tells_in_one_line_what_is_none(trained, tmp_path, capsys):
+    tiny = ["generate", "Hello", "--max-tokens", "8", "--model", str(PARITY / "tiny-gqa")]
+    answers = []
+    for options in ([], ["--adapter", str(trained)]):
+        assert cli.main([*tiny, *options]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+    assert cli.main([*tiny, "--adapter", str(tmp_path)]) == 1
+    told = "is no adapter folder: cannot read adapter_config.json: No such file or directory"
+    assert capsys.readouterr().err == f"phi3v: {tmp_path} {told}\n"
 
 
 def spoil(folder: Path, **changes) -> None:

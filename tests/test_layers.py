@@ -25,7 +25,13 @@ FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in m
 MLX = {"kernel", "language", "vision", "cache", "sampling", "sequences", "model", "engine", "quantize"}
 # Inside functions only: so that `list` needs none of it, and a hub id is the only thing that waits for mlx-lm.
 LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "mlx_lm"), ("llm", "__init__"), ("__main__", "server")}
-LAZY |= {("__main__", "llm"), ("__main__", "quantize"), ("__main__", "protocol"), ("__main__", "__init__"), ("__init__", "errors")}
+LAZY |= {
+    ("__main__", "llm"),
+    ("__main__", "quantize"),
+    ("__main__", "protocol"),
+    ("__main__", "__init__"),
+    ("__init__", "errors"),
+}
 OUTSIDE = {"mlx", "mlx_lm", "numpy", "PIL", "safetensors", "tokenizers"}
 RUNS = {
     name
