@@ -245,7 +245,7 @@ def quantize(arguments: argparse.Namespace) -> None:
         if sys.stderr.isatty():
             print(f"{what} … {share:4.0%}", end="\r", file=sys.stderr)
 
-    source, out = find(arguments.model), Path(arguments.out)
+    source, out = find(arguments.model), Path(arguments.out).resolve()
     options = arguments.bits, arguments.group_size, arguments.vision
     before, after = convert(source, out, *options, tell)
     print(f"{out}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after", flush=True)

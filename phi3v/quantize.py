@@ -15,7 +15,7 @@ from PIL import Image
 from .errors import SetupError
 from .images import SIDE, Crops, process
 from .language import KVCache, Part
-from .model import PATCH_WEIGHT, Config, load, read, weight_files
+from .model import PATCH_WEIGHT, load, read, weight_files
 from .tokenizer import Tokenizer
 
 BITS, GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)  # what MLX's affine mode has on all backends, and both loaders read
@@ -47,8 +47,8 @@ def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool, 
             raise SetupError(f"--{name} is {given}, MLX quantises with {', '.join(map(str, allowed))}")
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise SetupError(f"{out} is there already: name a folder that is not, or that is empty")
-    Config.read(source)
     Tokenizer(source)
+    load(source, lazy=True)  # says what is wrong with it
     plan, after, before = {}, 0, 0  # of each tensor, whether it is quantised
     for path in weight_files(source):
         for name, array in read(path).items():
@@ -153,9 +153,11 @@ def agreement(source: Path, out: Path, tell: Tell) -> tuple[int, int]:
             for chat in (asked, [*asked, ("assistant", [answer])])
         )
         texts.append((np.array(whole), len(before)))
-    chosen = [_choices(folder, texts, crops, lambda share, k=k: tell("comparing", (k + share) / 2))
-              for k, folder in enumerate((source, out))]  # fmt: skip
-    return int((chosen[0] == chosen[1]).sum()), len(chosen[0])
+    first, second = (
+        _choices(folder, texts, crops, lambda share, done=done: tell("comparing", done + share / 2))
+        for done, folder in ((0, source), (0.5, out))
+    )
+    return int((first == second).sum()), len(first)
 
 
 def _choices(folder: Path, texts: list[tuple], crops: Crops, tell: Callable[[float], None]) -> np.ndarray:

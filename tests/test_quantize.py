@@ -105,14 +105,14 @@ def test_it_holds_a_shard_and_a_tensor_at_a_time(tmp_path, monkeypatch):
     source = Path(shutil.copytree(PARITY / "tiny-gqa", tmp_path / "source"))
     weights = mx.load(str(source / "model.safetensors"))
     mx.eval(weights)
-    for layer in range(40):  # what it does with tensors is not asked of their names
-        weights[f"model.layers.{layer}.more.weight"] = mx.zeros((1024, 512))
+    for layer in range(4, 44):  # at the tower's top, where nothing is read
+        weights[f"{TOWER}.img_processor.vision_model.encoder.layers.{layer}.weight"] = mx.zeros((1024, 512))
     mx.save_safetensors(str(source / "model.safetensors"), weights)
     del weights
     mx.clear_cache()
     at_first = mx.get_active_memory()
     mx.reset_peak_memory()
-    before, after = convert(source, tmp_path / "out")
+    before, after = convert(source, tmp_path / "out", whole=True)
     assert before > 80 << 20 and after < before / 3
     assert mx.get_peak_memory() - at_first < 12 << 20  # a shard, the next tensor in both forms and its parts
     assert mx.get_active_memory() - at_first < 1 << 20
@@ -157,7 +157,10 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, monke
     assert "is there already" in refused(PARITY / "tiny-gqa", tmp_path / "file")
     assert "cannot make" in refused(PARITY / "tiny-gqa", tmp_path / "nowhere" / "out")
     assert "is quantised already" in refused(PARITY / "tiny-gqa-q4", tmp_path / "new")
-    assert "is no checkpoint folder" in refused(tmp_path / "nothing", tmp_path / "new")
+    assert "cannot read" in refused(tmp_path / "nothing", tmp_path / "new")
+    cut = Path(shutil.copytree(PARITY / "tiny-gqa", tmp_path.parent / "cut"))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
+    assert "is not a whole safetensors file" in refused(cut, tmp_path / "new")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(quantize.shutil, "disk_usage", lambda _: usage)
