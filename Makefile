@@ -22,8 +22,8 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@files=$$(ls phi3v/*.py | wc -l) lines=$$(cat phi3v/*.py | wc -l); \
-	echo "phi3v/: $$((files)) Python files of at most 23, $$((lines)) lines: 4810 at most, 3500 in the end"; \
-	test $$files -le 23 -a $$lines -le 4810
+	echo "phi3v/: $$((files)) Python files of at most 23, $$((lines)) lines: 4800 at most, 3500 in the end"; \
+	test $$files -le 23 -a $$lines -le 4800
 
 bench: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --group bench
