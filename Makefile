@@ -22,13 +22,15 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@files=$$(ls phi3v/*.py | wc -l) lines=$$(cat phi3v/*.py | wc -l); \
-	echo "phi3v/: $$((files)) Python files of at most 22, $$((lines)) lines: 4940 at most, 3500 in the end"; \
-	test $$files -le 22 -a $$lines -le 4940
+	echo "phi3v/: $$((files)) Python files of at most 22, $$((lines)) lines: 5280 at most, 3500 in the end"; \
+	test $$files -le 22 -a $$lines -le 5280
 
 bench: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python bench/compare.py --size demo $(ARGS)
 	$(BIN)/python bench/compare.py --size small $(ARGS)
+	$(BIN)/python bench/cpu.py
+	$(BIN)/python bench/conversions.py
 	$(BIN)/python bench/overhead.py
 
 test-clients: $(VENV)/ready $(VENV)-clients/ready $(VENV)-clients-openai2/ready tests/clients/node_modules/ready

@@ -6,13 +6,16 @@ needs those of mlx-lm only.
 """
 
 import inspect
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_vlm.models.phi3_v as vlm
 import numpy as np
 from mlx.utils import tree_flatten
@@ -80,6 +83,15 @@ def make_weights(config: Config | None, dtype: mx.Dtype) -> tuple[Config, dict[s
             weights[name] = mx.random.normal(like.shape, dtype, scale=0.02)
         mx.eval(weights[name])
     return config, weights
+
+
+def write_folder(config: Config, weights: dict[str, mx.array], folder: Path) -> None:
+    """A checkpoint folder with the embedded model's tokenizer, which knows fewer ids than the weights."""
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    raw = _arguments(config, "phi3_v") | {"img_processor": asdict(config.vision), "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
 
 
 def with_weights(model, weights: dict[str, mx.array], strict: bool = True):
@@ -177,6 +189,9 @@ class MlxVlm:
         last, tensors = f".encoder.layers.{vision.layers_used - 1}.", dict(weights)
         for n in range(vision.layers_used, vision.num_hidden_layers):
             tensors |= {k.replace(last, f".encoder.layers.{n}."): v for k, v in weights.items() if last in k}
+        tensors = model.model.vision_embed_tokens.sanitize(tensors)
+        if any(name.endswith(".scales") for name in tensors):
+            nn.quantize(model, 64, 4, class_predicate=lambda path, _: f"{path}.scales" in tensors)
         self.model = with_weights(model, tensors, strict=False)
 
     def one(self, requests: list[Request]) -> Run:

@@ -11,19 +11,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(model: str = "demo", **limits) -> "LLM":
+def load(model: str = "demo", *, adapter: str | None = None, **limits) -> "LLM":
     """A model ready to answer: "demo", a checkpoint folder, or a hub id, which is downloaded once.
 
-    `limits` are max_batch, max_queue, max_context (tokens), cache_bytes (0: nothing is kept) and idle_unload (seconds).
+    `adapter` is the folder of a LoRA or DoRA adapter that mlx-lm has made. `limits` are max_batch, max_queue,
+    max_context (tokens), cache_bytes (0: nothing is kept) and idle_unload (seconds).
     Raises errors.SetupError with one line for a person when it cannot be loaded.
     """
-    llm = open_llm(model, **limits)
+    llm = open_llm(model, adapter=adapter, **limits)
     llm.wait()
     return llm
 
 
-def open_llm(model: str = "demo", **limits) -> "LLM":
+def open_llm(model: str = "demo", **options) -> "LLM":
     """Like `load`, but returns while the model is still being read: `llm.wait()` waits for it."""
+    need_mlx()
+    from .llm import LLM
+
+    return LLM(model, **options)
+
+
+def need_mlx() -> None:
+    """Import MLX, the BLAS before it; SetupError if it is not there."""
     fast_blas()
     try:
         import mlx.core  # noqa: F401
@@ -34,9 +43,6 @@ def open_llm(model: str = "demo", **limits) -> "LLM":
             "MLX has no backend here: install phi3v's extra cpu, cuda12 or cuda13, or what it stands for, as in"
             f" pip install 'mlx[cpu]' ({error})"
         ) from None
-    from .llm import LLM
-
-    return LLM(model, **limits)
 
 
 def fast_blas() -> str | None:

@@ -76,7 +76,9 @@ def serve(arguments: argparse.Namespace) -> None:
     limits = {name: getattr(arguments, name) for name in names}
     signals: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
     _catch(signals, signal.SIGHUP)  # also while a model loads, or it would end us
-    with open_llm(arguments.model, **limits) as llm:  # first: what is no model must leave no files behind
+    with open_llm(
+        arguments.model, adapter=arguments.adapter, **limits
+    ) as llm:  # first: what is no model must leave no files behind
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host, *arguments.allowed_host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
@@ -211,6 +213,27 @@ def delete(arguments: argparse.Namespace) -> None:
     print(f"deleted {key.id} ({key.name})")
 
 
+def quantize(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint with fewer bits, and say what that saved and what it changed."""
+    from . import need_mlx
+
+    need_mlx()
+    from .llm import find
+    from .quantize import agreement
+    from .quantize import quantize as convert
+
+    def tell(what: str, share: float) -> None:
+        if sys.stderr.isatty():
+            print(f"{what} … {share:4.0%}", end="\r", file=sys.stderr)
+
+    source, out = find(arguments.model), Path(arguments.out).resolve()
+    options = arguments.bits, arguments.group_size, arguments.vision
+    before, after = convert(source, out, *options, tell)
+    print(f"{out}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after", flush=True)
+    same, places = agreement(source, out, tell)
+    print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phi3v", description="Phi-3-Vision on MLX: a secure server and command line.")
     parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
@@ -274,6 +297,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = chat_ = command(chat, "chat", "open the chat page in the browser; so does phi3v alone at a terminal")
     sub.set_defaults(hello=terminal.open_page)
     sub.add_argument("--no-browser", action="store_true", help="only print the page's address")
+    sub = command(quantize, "quantize", "write a checkpoint with fewer bits to a weight")
+    sub.add_argument("model", metavar="MODEL", help="demo, a checkpoint folder or a hub id")
+    sub.add_argument("out", metavar="OUT", help="the folder to make")
+    sub.add_argument("--bits", type=int, default=4, help="2, 3, 4, 6 or 8 (4)")
+    sub.add_argument("--group-size", type=int, default=64, help="weights that share a scale: 32, 64 or 128 (64)")
+    sub.add_argument("--vision", action="store_true", help="the vision tower, too, which stays as it is otherwise")
     for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
     for sub in (serve_, chat_):
@@ -283,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         _option(sub, "--log-level", "info", type=level, help="debug, info, warning or error")
     for sub in (serve_, chat_, generate_):
         _option(sub, "--model", MODEL, help="demo (the embedded one), a checkpoint folder or a hub id")
+        _option(sub, "--adapter", "", help="the folder of a LoRA or DoRA adapter that mlx-lm has made")
     for sub in (serve_, create_, list_, update_, rotate_, delete_):
         _option(sub, "--db", "keys.db", help="the file that holds the keys")
     return parser

@@ -30,12 +30,13 @@ PLACES = 2  # requests whose pictures are decoded at once
 class LLM(AbstractContextManager):
     """A model that answers; safe from any thread. `name` is "demo", a checkpoint folder or a hub id.
 
-    `limits` are those of `Engine`. Returns while it loads: `wait` waits. Raises SetupError for what is no checkpoint.
+    `adapter` is the folder of a LoRA or DoRA adapter. `limits` are those of `Engine`. Returns while it loads: `wait`
+    waits. Raises SetupError for what is no checkpoint.
     """
 
-    def __init__(self, name: str = "demo", **limits):
-        folder = _find(name)
-        self.checkpoint = _checkpoint_name(name, folder)
+    def __init__(self, name: str = "demo", adapter: str | None = None, **limits):
+        folder = find(name)
+        self.checkpoint = _checkpoint_name(name, folder) + (f"+{Path(adapter).resolve().name}" if adapter else "")
         with _told(folder):
             self.config = model.Config.read(folder)
             self.tokenizer = Tokenizer(folder)
@@ -43,7 +44,8 @@ class LLM(AbstractContextManager):
                 raise SetupError(f"{folder}: tokenizer.json has ids beyond the model's {self.config.vocab_size}")
             self._num_crops, ends = _folder_defaults(folder)
         self._end_ids = self.tokenizer.end_ids | ends
-        self._folder, self._engine = folder, Engine(partial(model.load, folder, self.config), **limits)
+        load = partial(model.load, folder, self.config, adapter=adapter)
+        self._folder, self._engine = folder, Engine(load, **limits)
         self.stats = self._engine.stats
         self._moved = threading.Condition()  # guards these two: the owners of what is decoded, and of what is to be
         self._decoding: list[str] = []
@@ -260,7 +262,7 @@ def _chosen(generation: Generation, counts: list[tuple], choices: tuple[str, ...
             yield Delta(chat, choices[best], "stop", *counts[mine][best], cached, scores=shown)
 
 
-def _find(name: str) -> Path:
+def find(name: str) -> Path:
     """The folder of a checkpoint: the embedded one, a folder, or that of a hub id, which may have to be downloaded."""
     folder = DEMO if name == "demo" else Path(name).expanduser()
     if folder.is_dir():

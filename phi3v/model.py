@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,12 +22,15 @@ from safetensors import SafetensorError, safe_open
 from .errors import SetupError
 from .images import Crops
 from .language import LanguageModel, Part
-from .vision import VisionModel
+from .vision import VisionModel, openblas
 
 PATCH_WEIGHT = "model.vision_embed_tokens.img_processor.vision_model.embeddings.patch_embedding.weight"
 # Tensors that checkpoints carry and nothing reads: buffers of old transformers, a fine-tuning's leftovers, and the top
 # of CLIP's tower (the number is the layer's), whose output Phi-3-V does not take.
 UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encoder\.layers\.(\d+)\.|inv_freq$")
+# Rows from which a CPU multiplies faster with dequantised weights: with OpenBLAS, and without (crossovers measured with
+# Phi-3's and CLIP's widths: 3 to 6 rows and 8 to 32). Bits that do not divide 32 take three times as long to unpack.
+ROWS, ROWS_SLOW, UNEVEN = 8, 32, 3
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX's affine quantisation has
 
@@ -118,6 +122,29 @@ class Config:
                 raise SetupError(f"{path}: {name} is {value!r}, phi3v knows {', '.join(map(repr, allowed))}")
 
 
+class CPULinear(nn.QuantizedLinear):
+    """Makes the weights float again for many rows: MLX's quantised product runs at 2.7 GFLOP/s on a CPU's two cores."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = (ROWS if openblas() else ROWS_SLOW) * (UNEVEN if 32 % self.bits else 1)
+        if x.size < rows * x.shape[-1]:
+            return super().__call__(x)
+        x = x @ mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits).T
+        return x + self.bias if "bias" in self else x
+
+
+class Adapted(nn.Module):
+    """A quantised layer with an adapter beside it; `share` is DoRA's, by which each output is scaled."""
+
+    def __init__(self, linear: nn.QuantizedLinear, lora_a: mx.array, lora_b: mx.array, share: mx.array | None):
+        super().__init__()
+        self.linear, self.lora_a, self.lora_b, self.share = linear, lora_a, lora_b, share
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.linear(x) + (x @ self.lora_a) @ self.lora_b
+        return x if self.share is None else x * self.share
+
+
 class Phi3V(nn.Module):
     """Phi-3-vision: `model` and `lm_head` are the checkpoint's names."""
 
@@ -149,36 +176,44 @@ class Phi3V(nn.Module):
         return self.lm_head(self.model(embeddings, parts, rows)).astype(mx.float32)
 
 
-def load(folder: Path, config: Config | None = None, dtype: mx.Dtype | None = None) -> Phi3V:
-    """The model in a folder, evaluated on the thread that is to run it; `dtype` None is the file's, or a CPU's best."""
+def load(
+    folder: Path,
+    config: Config | None = None,
+    dtype: mx.Dtype | None = None,
+    adapter: Path | None = None,
+    lazy: bool = False,
+) -> Phi3V:
+    """The model in a folder, evaluated (unless `lazy`) on the thread that is to run it.
+
+    `dtype` None is the file's, or a CPU's best; `adapter` the folder of a LoRA or DoRA adapter. Raises SetupError.
+    """
     model, tensors = Phi3V(config or Config.read(folder)), {}
-    if dtype is None and mx.default_device() == mx.Device(mx.cpu):
+    cpu = mx.default_device() == mx.Device(mx.cpu)
+    if dtype is None and cpu:
         dtype = mx.float32  # shorter floats are slow there
     for path in weight_files(Path(folder)):
-        try:
-            path.open("rb").close()  # safe_open says of each that it is not there
-            with safe_open(path, "numpy"):  # checks what MLX does not: that offsets fit the file, shapes and each other
-                tensors |= mx.load(str(path))  # not evaluated yet
-        except OSError as error:
-            raise SetupError(
-                f"cannot read {path}: {error.strerror or error}; let its owner and mode allow it"
-            ) from None
-        except (SafetensorError, RuntimeError) as error:
-            raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
+        tensors |= read(path)
     _quantize(model, tensors, folder)
+    for module in model.modules() if cpu else ():
+        if type(module) is nn.QuantizedLinear:
+            module.__class__ = CPULinear  # the same weights, another product
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
     _check_names(wanted, tensors, model.config.vision.layers_used, folder)
     sizes = {name: tensors[name].nbytes for name in wanted}
     with progress("loading the model", sum(sizes.values())) as advance:
         for name, like in wanted.items():
             wanted[name] = _convert(name, tensors.pop(name), like, dtype, folder)
-            mx.eval(wanted[name])  # one by one: all at once would be there as they are read and as they are converted
+            if not lazy:  # one by one: all at once would be there as they are read and as they are converted
+                mx.eval(wanted[name])
             advance(sizes[name])
     model.load_weights(list(wanted.items()))
     for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
         layer.self_attn.fuse()
+    if adapter:
+        _adapt(model, Path(adapter))
     model.eval()
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     return model
 
 
@@ -203,6 +238,21 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
     finally:
         if shown > began:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def read(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file by name, none of them evaluated yet. Raises SetupError."""
+    try:
+        path.open("rb").close()  # safe_open says of each that it is not there
+        with safe_open(path, "numpy"):  # checks what MLX does not: that offsets fit the file, shapes and each other
+            return mx.load(str(path))
+    except OSError as error:
+        advice = (
+            "let its owner and mode allow it" if isinstance(error, PermissionError) else "copy or download it again"
+        )
+        raise SetupError(f"cannot read {path}: {error.strerror or error}; {advice}") from None
+    except (SafetensorError, RuntimeError) as error:
+        raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -267,3 +317,51 @@ def _convert(name: str, array: mx.array, like: mx.array, dtype: mx.Dtype | None,
     if floats != mx.issubdtype(like.dtype, mx.floating) or (not floats and array.dtype != like.dtype):
         raise SetupError(f"{folder}: {name} holds {array.dtype}, which is no weight's type here")
     return array.astype(dtype) if dtype is not None and floats else array
+
+
+def _adapt(model: Phi3V, folder: Path) -> None:
+    """Add an adapter as mlx-lm writes them: into plain weights, where it costs nothing, beside quantised ones."""
+    path = folder / "adapter_config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+        kind, scale = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]["scale"]
+        if kind not in ("lora", "dora") or type(scale) not in (int, float):
+            raise SetupError(
+                f"{path} has fine_tune_type {kind!r} and scale {scale!r}; phi3v adds 'lora' and 'dora' only"
+            )
+    except OSError as error:
+        raise SetupError(f"{folder} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SetupError(f"{path} is not what mlx-lm writes: it has no lora_parameters with a scale") from None
+    parts: dict[str, dict[str, mx.array]] = defaultdict(dict)
+    for name, array in read(folder / "adapters.safetensors").items():
+        parts[name.rpartition(".")[0]][name.rpartition(".")[2]] = array
+    layers = {name: module for name, module in model.named_modules() if "vision" not in name}
+    for name, given in parts.items():
+        layer = layers.get(name)
+        _check_adapter(folder, name, layer, given, {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])})
+        quantized, weight = isinstance(layer, nn.QuantizedLinear), layer.weight
+        if quantized:
+            weight = mx.dequantize(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        lora_a, lora_b = given["lora_a"].astype(mx.float32), scale * given["lora_b"].astype(mx.float32)
+        adapted = weight.astype(mx.float32) + (lora_a @ lora_b).T
+        share = given["m"] / mx.linalg.norm(adapted, axis=1) if kind == "dora" else None
+        if quantized:
+            arrays = [x if x is None else x.astype(layer.scales.dtype) for x in (lora_a, lora_b, share)]
+            model.update_modules(nn.utils.tree_unflatten([(name, Adapted(layer, *arrays))]))
+        else:
+            layer.weight = (adapted if share is None else adapted * share[:, None]).astype(weight.dtype)
+            mx.eval(layer.weight)  # one after another: its parts are float32
+
+
+def _check_adapter(folder: Path, name: str, layer: nn.Module | None, given: dict, leaves: set[str]) -> None:
+    if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
+        raise SetupError(f"{folder} adapts {name}, which is no linear layer of this language model: it is for another")
+    rows, width = layer.weight.shape
+    if isinstance(layer, nn.QuantizedLinear):
+        width = 32 * width // layer.bits
+    rank = given["lora_a"].shape[-1] if "lora_a" in given else 0
+    right = {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}
+    found = {leaf: given[leaf].shape for leaf in sorted(given)}
+    if found != (wanted := {leaf: right[leaf] for leaf in sorted(leaves)}):
+        raise SetupError(f"{folder} has {found} for {name}, this model takes {wanted}: it is for another, or damaged")

@@ -22,8 +22,7 @@ from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler
 
 from . import errors, protocol
-from .connection import Connection
-from .head import Head
+from .connection import Connection, Head
 from .metrics import CONTENT_TYPE, Metrics
 from .request import Delta
 

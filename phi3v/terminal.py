@@ -40,7 +40,7 @@ def generate(arguments: argparse.Namespace) -> None:
     params = SamplingParams(max_tokens=arguments.max_tokens, num_crops=arguments.num_crops)
     if sys.stdout and (arguments.json or arguments.each):  # JSON is UTF-8; a file's name that is none stays readable
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    with open_llm(arguments.model, cache_bytes=0) as llm:  # nothing is asked twice
+    with open_llm(arguments.model, adapter=arguments.adapter, cache_bytes=0) as llm:  # nothing is asked twice
         if arguments.each:
             _each(llm, prompt, params, arguments.each, arguments.out)
             return

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -156,17 +157,25 @@ class VisionModel(nn.Module):
         return mx.concatenate([x, ends], 1).reshape(-1, 4 * dim)
 
 
+@cache
+def openblas() -> ctypes.CDLL | None:
+    """The library, if it computes our products: __init__ has made its names global."""
+    try:
+        blas = ctypes.CDLL(None)
+        return blas if hasattr(blas, "openblas_set_num_threads") else None
+    except (OSError, TypeError):  # Windows
+        return None
+
+
 @contextmanager
 def _blas_of_one_thread() -> Iterator[None]:
     """OpenBLAS, if it is there, computes in its callers' threads: it serializes those that want all of its own."""
-    try:
-        blas = ctypes.CDLL(None)  # __init__ has made its names global
-        threads, set_threads = blas.openblas_get_num_threads(), blas.openblas_set_num_threads
-    except (AttributeError, OSError, TypeError):  # another BLAS; Windows
+    if not (blas := openblas()):
         yield
         return
-    set_threads(1)
+    threads = blas.openblas_get_num_threads()
+    blas.openblas_set_num_threads(1)
     try:
         yield
     finally:
-        set_threads(threads)
+        blas.openblas_set_num_threads(threads)

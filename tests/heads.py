@@ -1,6 +1,6 @@
 """Requests that are malformed or odd, each with the section of RFC 9110, 9112, 3986 or 6585 that speaks of it.
 
-Standard library only: `python3.12 tests/heads.py` judges phi3v.head by it; tests/test_head.py does, and
+Standard library only: `python3.12 tests/heads.py` judges phi3v.connection by it; tests/test_head.py does, and
 tests/test_sockets.py sends it to the server. `%b` in a frame is where the texts of a row go.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when it is run as a program
 
-from phi3v import head
+from phi3v import connection
 from phi3v.errors import RequestError
 
 NEXT = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: smuggled\r\n\r\n"
@@ -41,24 +41,24 @@ class Case:
     def __str__(self) -> str:
         return f"{self.section} {self.what}: {self.data[:60]!r}"
 
-    def is_met_by(self, made: head.Head | RequestError | None) -> bool:
+    def is_met_by(self, made: connection.Head | RequestError | None) -> bool:
         if not isinstance(self.verdict, dict):
             return self.verdict == (made and made.status if isinstance(made, RequestError | None) else "understood")
         names = ("method", "path", "host", "minor", "fields", "length", "chunked", "persistent", "size")
         usual = ("GET", "/health", "localhost", 1, {"host": "localhost"}, None, False, True)
         size = len(self.data) - self.rest
-        return isinstance(made, head.Head) and {name: getattr(made, name) for name in names} == (
+        return isinstance(made, connection.Head) and {name: getattr(made, name) for name in names} == (
             dict(zip(names, (*usual, size), strict=True)) | self.verdict
         )
 
 
-def read(pieces: Iterable[bytes]) -> head.Head | RequestError | None:
+def read(pieces: Iterable[bytes]) -> connection.Head | RequestError | None:
     """What becomes of bytes that arrive in these pieces, with a look at all of them after each."""
     data = b""
     try:
         for piece in pieces:
             data += piece
-            if found := head.parse(data):
+            if found := connection.parse(data):
                 return found
     except RequestError as error:
         return error

@@ -14,8 +14,8 @@ import pytest
 from site_under_test import HEALTH, HELLO, Client, Reply
 
 from phi3v import connection, server, tls
+from phi3v.connection import MAX_HEAD, MAX_LINE
 from phi3v.errors import SetupError
-from phi3v.head import MAX_HEAD, MAX_LINE
 
 
 def waits_for(condition) -> bool:

@@ -359,9 +359,9 @@ import os, signal, sys
 from phi3v import model
 from phi3v.__main__ import main
 load = model.load
-def loads(*arguments):
+def loads(*arguments, **options):
     os.kill(os.getpid(), signal.SIGHUP)
-    return load(*arguments)
+    return load(*arguments, **options)
 model.load = loads
 sys.exit(main())
 """

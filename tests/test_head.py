@@ -12,17 +12,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from phi3v import head
+from phi3v import connection
 from phi3v.errors import RequestError
 
 EXAMPLES = int(os.environ.get("PHI3V_HEADS", "3000"))
 BODY = 10_000  # bytes that a body may have for h11 to be given it
 
 
-def verdict(data: bytes) -> head.Head | tuple | None:
+def verdict(data: bytes) -> connection.Head | tuple | None:
     """What is made of these bytes, to be compared; any other exception than the parser's own is a failure."""
     try:
-        return head.parse(data)
+        return connection.parse(data)
     except RequestError as error:
         return error.status, error.type, error.message, error.param, error.headers
 
@@ -55,7 +55,7 @@ def test_the_parser_is_right_on_python_3_12_too():
     assert done.stdout.startswith(f"{len(heads.CASES)} cases as expected on Python 3.12."), done.stderr
 
 
-def theirs(data: bytes, found: head.Head) -> tuple[h11.Connection, h11.Request, int]:
+def theirs(data: bytes, found: connection.Head) -> tuple[h11.Connection, h11.Request, int]:
     """What h11 makes of the head that we found, with a body as declared and a request after it: the body's bytes."""
     body = b"0\r\n\r\n" if found.chunked else b"x" * min(found.length or 0, BODY)
     connection, size = h11.Connection(h11.SERVER, max_incomplete_event_size=10**6), 0
@@ -74,10 +74,10 @@ def agree(data: bytes) -> bool:
     HTTP/1.0 connections open, and takes whoever asks for CONNECT or Upgrade for one who will switch.
     """
     found = verdict(data)
-    if not isinstance(found, head.Head):
+    if not isinstance(found, connection.Head):
         assert found is None or found[0] in (400, 414, 431, 501)
         return False
-    connection, request, size = theirs(data, found)
+    reader, request, size = theirs(data, found)
     fields: dict[str, str] = {}
     for name, value in ((name.decode(), value.decode("latin-1")) for name, value in request.headers):
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
@@ -91,9 +91,9 @@ def agree(data: bytes) -> bool:
     assert found.length == (int(fields["content-length"]) if "content-length" in fields else None)
     if (found.length or 0) > BODY:
         return True
-    assert (size, connection.trailing_data[0]) == (found.length or 0, heads.NEXT)
-    if found.minor and connection.their_state is not h11.MIGHT_SWITCH_PROTOCOL:
-        assert connection.their_state is (h11.DONE if found.persistent else h11.MUST_CLOSE)
+    assert (size, reader.trailing_data[0]) == (found.length or 0, heads.NEXT)
+    if found.minor and reader.their_state is not h11.MIGHT_SWITCH_PROTOCOL:
+        assert reader.their_state is (h11.DONE if found.persistent else h11.MUST_CLOSE)
     return True
 
 
