@@ -254,7 +254,7 @@ SPOILT = {
         ),
         "lacks 1 of 1 weight files, first model.safetensors: copy or download them",
     ),
-    "a folder for a file": (replace_by_a_folder, "model.safetensors: Is a directory; let its owner and mode allow it"),
+    "a folder for a file": (replace_by_a_folder, "model.safetensors: Is a directory; copy or download it again"),
     "whole numbers for floats": (
         lambda folder: rewrite(folder, lambda w: w.update({"model.norm.weight": mx.zeros(64, mx.uint8)})),
         "model.norm.weight holds mlx.core.uint8, which is no weight's type here",
