@@ -1,5 +1,6 @@
 """A browser that verifies certificates, and real servers for it: one with the demo, one whose answers find no end."""
 
+import json
 import os
 import re
 import shutil
@@ -59,8 +60,17 @@ def demo(tmp_path_factory, pair):
 
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory, pair):
-    """Random weights: what they say has no end but that of the context."""
-    model = ROOT / "tests" / "parity" / "tiny-gqa"
+    """Random weights that cannot say any of the tokens that end an answer: it ends with the context, 25,600 tokens."""
+    model = shutil.copytree(ROOT / "tests" / "parity" / "tiny-gqa", tmp_path_factory.mktemp("model") / "endless")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    first = 8 + int.from_bytes(weights[:8], "little")
+    head = json.loads(weights[8:first])["lm_head.weight"]
+    (begin, end), rows = head["data_offsets"], head["shape"][0]
+    row = (end - begin) // rows
+    for token in (2, 448, 455):  # </s>, <|endoftext|>, <|end|>
+        place = first + begin + token * row
+        weights[place : place + row] = bytes(row)
+    (model / "model.safetensors").write_bytes(weights)
     server = Server(tmp_path_factory.mktemp("endless"), pair, "--model", str(model), "--max-tokens", "100000")
     yield server
     server.stop()
