@@ -1,6 +1,8 @@
 # make serve · make test · make lint            (works with make 3.81)
 # make bench                                    phi3v beside mlx-lm and mlx-vlm, about 20 minutes: BENCHMARKS.md
 # make test-clients                             the clients that people have, for Python and for node, which it needs
+# make test-page                                the chat page in Debian's Chromium, as a person uses it
+# make screenshots                              docs/page.png, from the running product
 # make guarantees                               what SECURITY.md promises, measured against real servers, 15 minutes
 # make soak                                     2,000 random requests, each compared with its lone run
 # make serve                                    the embedded model; ARGS="--port 9000" are further options of `phi3v serve`
@@ -10,6 +12,8 @@
 VENV = .venv
 BIN = $(VENV)/bin
 PYTHONS = $(PYTHON) python3.13 python3.12 python3.14 python3 python
+CHROMIUM = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+  apt-get install -qq --no-install-recommends chromium libnss3-tools fonts-inter >/dev/null || true; fi
 NEED = import sys; sys.exit(sys.version_info < (3, 12, 3))
 
 serve: $(VENV)/ready
@@ -36,6 +40,14 @@ bench: $(VENV)/ready
 test-clients: $(VENV)/ready $(VENV)-clients/ready $(VENV)-clients-openai2/ready tests/clients/node_modules/ready
 	$(VENV)-clients/bin/python -m pytest tests/clients $(ARGS)
 
+test-page: $(VENV)/ready $(VENV)-page/ready
+	@$(CHROMIUM)
+	$(VENV)-page/bin/python -m pytest tests/page $(ARGS)
+
+screenshots: $(VENV)/ready $(VENV)-page/ready
+	@$(CHROMIUM)
+	$(VENV)-page/bin/python bench/showcase.py
+
 # The programs are Debian's: installed where that is possible, and otherwise named in the lines that need them.
 guarantees: $(VENV)/ready-dev $(VENV)-guarantees/ready $(VENV)-clients/ready
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -47,7 +59,7 @@ soak: $(VENV)/ready-dev
 	PHI3V_SOAK=2000 $(BIN)/python -m pytest tests/test_soak.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-openai2 $(VENV)-guarantees tests/clients/node_modules
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-openai2 $(VENV)-guarantees $(VENV)-page tests/clients/node_modules
 
 # Plain mlx has no backend on Linux, and two backends overwrite each other: exactly one is chosen here.
 $(VENV)/ready: pyproject.toml
@@ -87,4 +99,4 @@ tests/clients/node_modules/ready: tests/clients/package-lock.json
 	@cd tests/clients && npm ci --loglevel=error --no-audit --no-fund
 	@touch $@
 
-.PHONY: serve test test-clients lint bench guarantees soak clean
+.PHONY: serve test test-clients test-page screenshots lint bench guarantees soak clean

@@ -4,7 +4,9 @@ Knows nothing of MLX or sqlite: the model and the keys are handed in. One thread
 its TLS handshake, so that a silent client holds up nobody else.
 """
 
+import base64
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +22,7 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 from . import errors, protocol
 from .connection import Connection, Head
@@ -42,6 +45,7 @@ CORS = {
     "Access-Control-Max-Age": "600",
     "Vary": "Origin",
 }
+PAGE = Path(__file__).with_name("chat.html").read_bytes()
 NO_HEAD = Head("", "", "", 1, {"connection": "close"}, None, False, 0)  # of a request that could not be read
 
 log = logging.getLogger("phi3v")
@@ -231,6 +235,9 @@ class Handler(BaseHTTPRequestHandler):
         good = status in ("ok", "idle")
         self._reply(200 if good else 503, {"status": status}, {} if good else {"Retry-After": "5"})
 
+    def page(self) -> None:
+        self._reply(200, PAGE, PAGE_HEADERS)
+
     def metrics(self) -> None:
         self._authorize()
         stats = self.server.llm.stats()
@@ -399,9 +406,25 @@ def _is_public(host: str) -> bool:
     return "." in host and not host.endswith((".local", ".localhost")) and not re.fullmatch(r"[0-9.]+|.*:.*", host)
 
 
+def _hash(tag: str) -> str:
+    """What lets a browser take the page's own script or style, and no other."""
+    inside = PAGE.partition(f"<{tag}>".encode())[2].partition(f"</{tag}>".encode())[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
+
+
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": f"default-src 'none'; script-src {_hash('script')}; style-src {_hash('style')}; "
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"))
 CHAT, MODEL = "/v1/chat/completions", "/v1/models/{id}"
 ROUTES = {
+    "/": ("GET", Handler.page),
     "/v1/completions": ("POST", Handler.completions),
     CHAT: ("POST", Handler.completions),
     "/v1/models": ("GET", Handler.models),

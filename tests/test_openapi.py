@@ -83,7 +83,7 @@ ROUTES = [(protocol.parse_completion, SCHEMAS["CompletionRequest"]), (protocol.p
 def test_the_document_has_the_servers_routes_and_version():
     assert set(OPERATIONS) == {(path, method.lower()) for path, (method, _) in server.ROUTES.items()}
     assert DOCUMENT["info"]["version"] == phi3v.__version__ and DOCUMENT["openapi"].startswith("3.1.")
-    assert [path for (path, _), op in OPERATIONS.items() if op.get("security") == []] == ["/health"]
+    assert [path for (path, _), op in OPERATIONS.items() if op.get("security") == []] == ["/", "/health"]
     assert [*OPERATIONS["/metrics", "get"]["responses"]["200"]["content"]] == [metrics.CONTENT_TYPE]
     sizes = [
         f"{size >> 20} MB ({size:,} bytes)"
@@ -165,7 +165,7 @@ def test_every_error_of_the_code_is_there_with_its_status_and_type():
                     error.status, error.type = int(status), kind
                     assert valid(schema, protocol.error(error)) == (kind in types[status]), (path, status, kind)
     everywhere, posts = set(OPERATIONS), {key for key in OPERATIONS if key[1] == "post"}
-    keyed, named = everywhere - {("/health", "get")}, {(server.MODEL, "get")}
+    keyed, named = everywhere - {("/", "get"), ("/health", "get")}, {(server.MODEL, "get")}
     where = dict.fromkeys(types, everywhere) | dict.fromkeys(("411", "415", "429"), posts)
     where |= dict.fromkeys(("401", "403", "503"), keyed) | {"404": named}
     assert {status: set(operations) for status, operations in documented.items()} == where
@@ -186,7 +186,7 @@ def test_a_refusal_has_the_headers_that_are_described(tmp_path):
         assert valid(DOCUMENT["components"]["headers"][name]["schema"], int(value))
     assert named("Unavailable") == set(errors.Unavailable("later").headers)
     for (path, method), operation in OPERATIONS.items():
-        wanted = set() if path == "/health" else set(granted)
+        wanted = set() if path in ("/", "/health") else set(granted)
         assert set(operation["responses"]["200"]["headers"]) == {"X-Request-Id", *wanted}, (path, method)
 
 

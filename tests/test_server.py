@@ -1,12 +1,15 @@
 """The server: every answer, refusal, line of the log and order of checks, as a client meets them over TLS."""
 
+import base64
 import gc
+import hashlib
 import json
 import re
 import subprocess
 import threading
 from datetime import datetime
 from http.client import HTTPConnection, HTTPSConnection
+from pathlib import Path
 
 import pytest
 from site_under_test import HEALTH, HELLO, Client, Reply
@@ -73,7 +76,7 @@ REFUSED = [
     (401, MISSING, {"X_API_Key": None, "Authorization": "Bearer"}),
     (403, UNKNOWN, {"X_API_Key": "wrong"}),
     (403, UNKNOWN, {"X_API_Key": "\xff"}),
-    *((404, f"there is no {path!r}; the routes are", {"request": f"POST {path}?a"}) for path in ("/", "/../health")),
+    *((404, f"there is no {path!r}; the routes are", {"request": f"POST {path}?a"}) for path in ("//", "/../health")),
     *((404, "the routes are", {"request": f"POST {path}"}) for path in ("/v1/completions/", "/v1/complet%69ons")),
     *(
         (405, "takes POST", {"request": f"{m} /v1/completions"})
@@ -139,12 +142,12 @@ def test_the_checks_come_in_the_documented_order(site):
         site.post(**wrong).refusal(status)
 
 
-def test_without_a_key_every_route_but_health_is_401(site):
-    assert {"/health", "/v1/completions"} <= server.ROUTES.keys()
+def test_without_a_key_every_route_but_the_page_and_health_is_401(site):
+    assert {"/", "/health", "/v1/completions"} <= server.ROUTES.keys()
     for path, (method, _) in server.ROUTES.items():
         target = f"{path}?key={site.secret}".replace("{id}", "phi-3-vision")
         reply = site.post(request=f"{method} {target}", X_API_Key=None)
-        assert (reply.status, path) == (200 if path == "/health" else 401, path)
+        assert (reply.status, path) == (200 if path in ("/", "/health") else 401, path)
         assert not {name for name in reply.headers if name.startswith("X-RateLimit")}
 
 
@@ -449,6 +452,46 @@ def test_curl_gets_an_answer_as_documented_and_reads_refusals(site, pair, tmp_pa
 def test_a_request_for_which_there_is_no_memory_is_503(site):
     site.llm.refuses = MemoryError("of 12345678 bytes")
     assert site.post().refusal(503) == "there is not enough memory for this request now; try again in 5 s"
+
+
+def test_the_page_is_for_everybody_and_runs_only_its_own_script_and_style(site):
+    page = (Path(server.__file__).parent / "chat.html").read_bytes()
+    reply = site.post(b"", "GET /?a=b", X_API_Key=None)
+    headers = dict(reply.headers)
+    assert (reply.status, reply.body) == (200, page)
+    hashes = {}
+    for tag in (b"script", b"style"):
+        (inside,) = re.findall(b"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+        hashes[tag] = base64.b64encode(hashlib.sha256(inside).digest()).decode()
+    assert {headers.pop(name) for name in ("Date", "X-Request-Id")}
+    assert headers == {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Length": str(len(page)),
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{hashes[b'script']}'; "
+        f"style-src 'sha256-{hashes[b'style']}'; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
+    head = site.connect().send(site.http(b"", "HEAD /", X_API_Key=None)).reply(body=False)
+    assert (head.status, head.headers["Content-Length"]) == (200, str(len(page)))
+    assert "/ takes GET, not POST" in site.post(request="POST /").refusal(405)
+
+
+def test_the_page_is_small_and_asks_nobody_else_for_anything():
+    text = (Path(server.__file__).parent / "chat.html").read_text()
+    assert len(text.splitlines()) <= 250 and len(text.encode()) <= 40_000
+    assert max(map(len, text.splitlines())) <= 120
+    assert not re.search(r"//\w|\bimport\b|url\(|@import|XMLHttpRequest|WebSocket|sendBeacon|localStorage", text)
+    assert set(re.findall(r"\b(?:src|href|action)=\"?(\w+)", text)) == {"data"}  # the icon's
+    fetched = re.findall(r"(?:fetch|request)\('?([\w/]+)", text)
+    assert set(fetched) - {"path"} == {"/v1/models", "/v1/chat/completions"}
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|DOMParser|eval|Function\(| style=| on\w+=\"", text
+    )
 
 
 def test_a_key_that_was_put_into_the_path_is_not_logged(site):

@@ -89,7 +89,8 @@ def judge(case: heads.Case, client: Client) -> None:
     assert last == "close" and before[1:] == [None] * len(before[1:])
     assert before[:1] == ["keep-alive" if b" HTTP/1.0" in case.data else None][: len(before)]
     for status, headers, body in found:
-        assert headers["Content-Type"] == "application/json"
+        page = status == 200 and body.startswith(b"<!doctype html>")
+        assert headers["Content-Type"] == ("text/html; charset=utf-8" if page else "application/json")
         if status != 200:
             error = json.loads(body)
             assert error.keys() == {"error"} and error["error"].keys() == {"message", "type", "param", "code"}
