@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     config = json.loads((plain / "config.json").read_bytes())
     config["rope_scaling"] |= {"short_factor": config["rope_scaling"]["long_factor"], "type": "su", "rope_type": "su"}
     (plain / "config.json").write_text(json.dumps(config))
-    quantize(plain, folder / "q4", 4, 64, False, lambda *_: None)
+    quantize(plain, folder / "q4", 4, 64, False)
     return {"plain": plain, "q4": folder / "q4"}
 
 
