@@ -18,6 +18,7 @@ import numpy as np
 from . import __version__, images, model
 from .engine import Engine
 from .errors import RequestError, SetupError, check_text
+from .images import Header
 from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt, shared_length
 from .tokenizer import Decoder, Parts, Tokenizer
@@ -106,9 +107,7 @@ class LLM(AbstractContextManager):
         """
         params, prompts, decoders, counts = request.params, [], [], []
         num_crops = params.num_crops or self._num_crops
-        opened = [
-            [images.Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats
-        ]
+        opened = [[Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats]
         pixels = sum(header.pixels for headers in opened for header in headers)
         if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
             message = f"the pictures have {pixels:,} pixels in all, at most {images.MAX_JPEG_PIXELS:,} may be"
@@ -161,14 +160,14 @@ class LLM(AbstractContextManager):
                 self._decoding.remove(owner)
                 self._moved.notify_all()
 
-    def _encode(self, parts: Parts, pictures: list[images.Header], request: Request) -> list[int]:
+    def _encode(self, parts: Parts, pictures: list[Header], request: Request) -> list[int]:
         try:
             return self.tokenizer.encode(parts, [p.tokens for p in pictures], self._context())
         except RequestError as error:
             raise RequestError(error.message, "messages" if request.clamp else error.param) from None
 
     def _choices(
-        self, parts: Parts, pictures: list[images.Header], request: Request, owner: str, check: Callable
+        self, parts: Parts, pictures: list[Header], request: Request, owner: str, check: Callable
     ) -> tuple[list[Prompt], int]:
         """A prompt for each choice, its targets what it adds to what all share, and the end; and the tokens without."""
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)

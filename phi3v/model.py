@@ -33,6 +33,7 @@ UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encod
 ROWS, ROWS_SLOW, UNEVEN = 8, 32, 3
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX's affine quantisation has
+AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -220,23 +221,21 @@ def load(
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A line on a terminal, if standard error is one: how many of `total` bytes are done. Call it with those added."""
-    shows, start, began = bool(sys.stderr and sys.stderr.isatty()), done, time.monotonic()
-    shown = began
+    start, began = done, time.monotonic()
+    shown = began if sys.stderr and sys.stderr.isatty() else math.inf
 
     def advance(added: int) -> None:
         nonlocal done, shown
         done, now = done + added, time.monotonic()
-        if shows and now - shown > 0.2:
+        if now - shown > 0.2:
             shown, rate = now, max(1.0, (done - start) / (now - began))
-            left = f"{rate / 1e6:.0f} MB/s, {max(0, total - done) / rate:.0f} s left"
-            print(
-                f"\r{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left}\x1b[K", end="", file=sys.stderr, flush=True
-            )
+            line = f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s"
+            print(f"\r{line}, {max(0, total - done) / rate:.0f} s left\x1b[K", end="", file=sys.stderr, flush=True)
 
     try:
         yield advance
     finally:
-        if shown > began:
+        if began < shown < math.inf:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
@@ -247,12 +246,10 @@ def read(path: Path) -> dict[str, mx.array]:
         with safe_open(path, "numpy"):  # checks what MLX does not: that offsets fit the file, shapes and each other
             return mx.load(str(path))
     except OSError as error:
-        advice = (
-            "let its owner and mode allow it" if isinstance(error, PermissionError) else "copy or download it again"
-        )
+        advice = "let its owner and mode allow it" if isinstance(error, PermissionError) else AGAIN
         raise SetupError(f"cannot read {path}: {error.strerror or error}; {advice}") from None
     except (SafetensorError, RuntimeError) as error:
-        raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
+        raise SetupError(f"{path} is not a whole safetensors file: {error}; {AGAIN}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -267,13 +264,10 @@ def weight_files(folder: Path) -> list[Path]:
     if outside := [str(path) for path in paths if path != folder / path.name]:
         raise SetupError(f"{index} names {outside[0]!r}, which is not a file of its folder")
     if missing := [path.name for path in paths if not path.exists()]:
-        raise SetupError(
-            f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}: copy or download them"
-        )
+        raise SetupError(f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}: {AGAIN}")
     if not paths:
-        raise SetupError(
-            f"{folder} is no checkpoint folder: it has no .safetensors file, and phi3v reads no other format"
-        )
+        lacking = "it has no .safetensors file, and phi3v reads no other format"
+        raise SetupError(f"{folder} is no checkpoint folder: {lacking}")
     return paths
 
 
@@ -300,9 +294,7 @@ def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:
 
 def _check_names(wanted: dict[str, mx.array], tensors: dict[str, mx.array], layers_used: int, folder: Path) -> None:
     if missing := sorted(wanted.keys() - tensors.keys()):
-        raise SetupError(
-            f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}: copy or download it again"
-        )
+        raise SetupError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}: {AGAIN}")
     unread = ((name, UNREAD.search(name)) for name in tensors.keys() - wanted.keys())
     if surplus := sorted(name for name, found in unread if not found or (found[1] and int(found[1]) < layers_used)):
         raise SetupError(f"{folder} has {len(surplus)} tensors that Phi-3-vision has no place for, first {surplus[0]}")
@@ -326,9 +318,8 @@ def _adapt(model: Phi3V, folder: Path) -> None:
         raw = json.loads(path.read_bytes())
         kind, scale = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]["scale"]
         if kind not in ("lora", "dora") or type(scale) not in (int, float):
-            raise SetupError(
-                f"{path} has fine_tune_type {kind!r} and scale {scale!r}; phi3v adds 'lora' and 'dora' only"
-            )
+            given = f"fine_tune_type {kind!r} and scale {scale!r}"
+            raise SetupError(f"{path} has {given}; phi3v adds 'lora' and 'dora' only")
     except OSError as error:
         raise SetupError(f"{folder} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -160,10 +160,9 @@ def _openssl(arguments: list[str]) -> str:
     try:
         done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=OPENSSL_TIMEOUT)
     except FileNotFoundError:
+        lacking = "the program `openssl`, which makes the TLS certificate, is not installed"
         advice = "`apt install openssl`, `dnf install openssl` or `brew install openssl` does that"
-        raise SetupError(
-            f"the program `openssl`, which makes the TLS certificate, is not installed; {advice}"
-        ) from None
+        raise SetupError(f"{lacking}; {advice}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SetupError(f"the program `openssl` does not run: {error}") from None
     if done.returncode:
