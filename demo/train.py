@@ -59,7 +59,7 @@ class Writer:
         """<|user|>, then the pictures; what follows begins with the line break after the last."""
         ids = [self.bos, self.user]
         for _ in range(pictures):
-            ids += [*(self.newline if pictures else []), *[-1] * SLOTS, self.bos]
+            ids += [*self.newline, *[-1] * SLOTS, self.bos]
         return ids
 
     def talk(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
