@@ -45,8 +45,7 @@ class LLM(AbstractContextManager):
                 raise SetupError(f"{folder}: tokenizer.json has ids beyond the model's {self.config.vocab_size}")
             self._num_crops, ends = _folder_defaults(folder)
         self._end_ids = self.tokenizer.end_ids | ends
-        load = partial(model.load, folder, self.config, adapter=adapter)
-        self._folder, self._engine = folder, Engine(load, **limits)
+        self._folder, self._engine = folder, Engine(partial(model.load, folder, adapter=adapter), **limits)
         self.stats = self._engine.stats
         self._moved = threading.Condition()  # guards these two: the owners of what is decoded, and of what is to be
         self._decoding: list[str] = []

@@ -177,18 +177,12 @@ class Phi3V(nn.Module):
         return self.lm_head(self.model(embeddings, parts, rows)).astype(mx.float32)
 
 
-def load(
-    folder: Path,
-    config: Config | None = None,
-    dtype: mx.Dtype | None = None,
-    adapter: Path | None = None,
-    lazy: bool = False,
-) -> Phi3V:
+def load(folder: Path, dtype: mx.Dtype | None = None, adapter: Path | None = None, lazy: bool = False) -> Phi3V:
     """The model in a folder, evaluated (unless `lazy`) on the thread that is to run it.
 
     `dtype` None is the file's, or a CPU's best; `adapter` the folder of a LoRA or DoRA adapter. Raises SetupError.
     """
-    model, tensors = Phi3V(config or Config.read(folder)), {}
+    model, tensors = Phi3V(Config.read(folder)), {}
     cpu = mx.default_device() == mx.Device(mx.cpu)
     if dtype is None and cpu:
         dtype = mx.float32  # shorter floats are slow there
@@ -313,27 +307,24 @@ def _convert(name: str, array: mx.array, like: mx.array, dtype: mx.Dtype | None,
 
 def _adapt(model: Phi3V, folder: Path) -> None:
     """Add an adapter as mlx-lm writes them: into plain weights, where it costs nothing, beside quantised ones."""
-    path = folder / "adapter_config.json"
-    try:
-        raw = json.loads(path.read_bytes())
-        kind, scale = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]["scale"]
-        if kind not in ("lora", "dora") or type(scale) not in (int, float):
-            given = f"fine_tune_type {kind!r} and scale {scale!r}"
-            raise SetupError(f"{path} has {given}; phi3v adds 'lora' and 'dora' only")
-    except OSError as error:
-        raise SetupError(f"{folder} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SetupError(f"{path} is not what mlx-lm writes: it has no lora_parameters with a scale") from None
+    kind, scale = _read_adapter_config(folder / "adapter_config.json")
     parts: dict[str, dict[str, mx.array]] = defaultdict(dict)
     for name, array in read(folder / "adapters.safetensors").items():
         parts[name.rpartition(".")[0]][name.rpartition(".")[2]] = array
     layers = {name: module for name, module in model.named_modules() if "vision" not in name}
     for name, given in parts.items():
         layer = layers.get(name)
-        _check_adapter(folder, name, layer, given, {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])})
-        quantized, weight = isinstance(layer, nn.QuantizedLinear), layer.weight
-        if quantized:
+        if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
+            raise SetupError(f"{folder} adapts {name}, no linear layer of this language model: it is for another")
+        weight = layer.weight
+        if quantized := isinstance(layer, nn.QuantizedLinear):
             weight = mx.dequantize(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        (rows, width), rank = weight.shape, given["lora_a"].shape[-1] if "lora_a" in given else 0
+        wanted = {"lora_a": (width, rank), "lora_b": (rank, rows)} | ({"m": (rows,)} if kind == "dora" else {})
+        if (found := {leaf: given[leaf].shape for leaf in sorted(given)}) != wanted:
+            raise SetupError(
+                f"{folder} has {found} for {name}, this model takes {wanted}: it is for another, or damaged"
+            )
         lora_a, lora_b = given["lora_a"].astype(mx.float32), scale * given["lora_b"].astype(mx.float32)
         adapted = weight.astype(mx.float32) + (lora_a @ lora_b).T
         share = given["m"] / mx.linalg.norm(adapted, axis=1) if kind == "dora" else None
@@ -345,14 +336,16 @@ def _adapt(model: Phi3V, folder: Path) -> None:
             mx.eval(layer.weight)  # one after another: its parts are float32
 
 
-def _check_adapter(folder: Path, name: str, layer: nn.Module | None, given: dict, leaves: set[str]) -> None:
-    if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
-        raise SetupError(f"{folder} adapts {name}, which is no linear layer of this language model: it is for another")
-    rows, width = layer.weight.shape
-    if isinstance(layer, nn.QuantizedLinear):
-        width = 32 * width // layer.bits
-    rank = given["lora_a"].shape[-1] if "lora_a" in given else 0
-    right = {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}
-    found = {leaf: given[leaf].shape for leaf in sorted(given)}
-    if found != (wanted := {leaf: right[leaf] for leaf in sorted(leaves)}):
-        raise SetupError(f"{folder} has {found} for {name}, this model takes {wanted}: it is for another, or damaged")
+def _read_adapter_config(path: Path) -> tuple[str, float]:
+    """Which kind of adapter it is, and its scale."""
+    try:
+        raw = json.loads(path.read_bytes())
+        kind, scale = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]["scale"]
+    except OSError as error:
+        raise SetupError(f"{path.parent} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SetupError(f"{path} is not what mlx-lm writes: it has no lora_parameters with a scale") from None
+    if kind not in ("lora", "dora") or type(scale) not in (int, float):
+        given = f"fine_tune_type {kind!r} and scale {scale!r}"
+        raise SetupError(f"{path} has {given}; phi3v adds 'lora' and 'dora' only")
+    return kind, scale

@@ -153,9 +153,9 @@ def test_what_is_no_adapter_is_told_in_one_line(trained, tmp_path, change, messa
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"model.layers.9.mlp.down_proj.lora_a": (256, 4)}, "adapts model.layers.9.mlp.down_proj, which is no linear"),
-        ({"model.embed_tokens.lora_a": (512, 4)}, "adapts model.embed_tokens, which is no linear layer"),
-        ({"lora_a": (4,)}, "which is no linear layer"),
+        ({"model.layers.9.mlp.down_proj.lora_a": (256, 4)}, "adapts model.layers.9.mlp.down_proj, no linear layer of"),
+        ({"model.embed_tokens.lora_a": (512, 4)}, "adapts model.embed_tokens, no linear layer"),
+        ({"lora_a": (4,)}, "adapts , no linear layer"),
         ({"lm_head.lora_a": (4,), "lm_head.lora_b": (4, 512)}, "has {'lora_a': (4,)"),
         ({"lm_head.lora_b": (4, 512)}, "this model takes"),
         ({"lm_head.lora_a": (128, 4), "lm_head.lora_b": (4, 513)}, "'lora_b': (4, 513)} for lm_head"),
