@@ -413,7 +413,9 @@ def train(net: Phi, feed: Feed, args, device: str, done: float) -> None:
             sums[layout].append((loss.item(), extra.item(), wrong.item()))
         if step % 200 == 0 and layout != "text":
             told = {name: [round(float(v), 4) for v in np.mean(values, 0)] for name, values in sorted(sums.items())}
-            line = json.dumps({"s": round(time.time() - began), "step": step, "drawn": feed.drawn, "rate": rate} | told)
+            line = json.dumps(
+                {"s": round(progress * 60 * args.minutes), "step": step, "drawn": feed.drawn, "rate": rate} | told
+            )
             print(line, file=log, flush=True)
             print(line, flush=True)
             sums.clear()

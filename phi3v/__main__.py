@@ -218,11 +218,10 @@ def quantize(arguments: argparse.Namespace) -> None:
 
     need_mlx()
     from .llm import find
-    from .quantize import agreement
-    from .quantize import quantize as convert
+    from .quantize import agreement, quantize
 
     source, out = find(arguments.model), Path(arguments.out).resolve()
-    before, after = convert(source, out, arguments.bits, arguments.group_size, arguments.vision)
+    before, after = quantize(source, out, arguments.bits, arguments.group_size, arguments.vision)
     print(f"{out}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after", flush=True)
     same, places = agreement(source, out)
     print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
@@ -320,29 +319,22 @@ def _option(parser: argparse.ArgumentParser, flag: str, default: str | int, help
     parser.add_argument(flag, default=os.environ.get(variable) or default, help=text, **kwargs)
 
 
-def _kind(pattern: str, what: str, **words):
-    """What argparse makes of a value: a number times its unit, or one of `words`."""
+def _kind(pattern: str, what: str, make=lambda found: int(found[1]) * UNITS[found[2].upper()], **words):
+    """What argparse makes of a value: what `make` does of the match, a number times its unit, or one of `words`."""
 
-    def kind(text: str) -> int | None:
+    def kind(text: str) -> int | str | None:
         found = re.fullmatch(pattern, text)
         if not found and text not in words:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return int(found[1]) * UNITS[found[2].upper()] if found else words[text]
+        return make(found) if found else words[text]
 
     return kind
 
 
 def _names(pattern: str, what: str):
     """What argparse makes of names with commas between."""
-
-    def kind(text: str) -> list[str]:
-        names = [name.strip().lower() for name in text.split(",") if name.strip()]
-        for name in names:
-            if not re.fullmatch(pattern, name):
-                raise argparse.ArgumentTypeError(f"{name!r} is not {what}")
-        return names
-
-    return kind
+    one = _kind(pattern, what, re.Match.group)
+    return lambda text: [one(name.strip().lower()) for name in text.split(",") if name.strip()]
 
 
 def _end(seconds: int | None) -> float | None:

@@ -24,7 +24,6 @@ from .sequences import Generation, Prompt, shared_length
 from .tokenizer import Decoder, Parts, Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
-
 PLACES = 2  # requests whose pictures are decoded at once
 
 

@@ -31,7 +31,6 @@ UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encod
 # Rows from which a CPU multiplies faster with dequantised weights: with OpenBLAS, and without (crossovers measured with
 # Phi-3's and CLIP's widths: 3 to 6 rows and 8 to 32). Bits that do not divide 32 take three times as long to unpack.
 ROWS, ROWS_SLOW, UNEVEN = 8, 32, 3
-
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX's affine quantisation has
 AGAIN = "copy or download it again"
 
