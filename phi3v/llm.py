@@ -36,13 +36,16 @@ class LLM(AbstractContextManager):
 
     def __init__(self, name: str = "demo", adapter: str | None = None, **limits):
         folder = find(name)
-        self.checkpoint = _checkpoint_name(name, folder) + (f"+{Path(adapter).resolve().name}" if adapter else "")
+        adapter = Path(adapter).expanduser() if adapter else None
+        self.checkpoint = _checkpoint_name(name, folder) + (f"+{adapter.resolve().name}" if adapter else "")
         with _told(folder):
             self.config = model.Config.read(folder)
             self.tokenizer = Tokenizer(folder)
             if self.tokenizer.largest_id >= self.config.vocab_size:
                 raise SetupError(f"{folder}: tokenizer.json has ids beyond the model's {self.config.vocab_size}")
             self._num_crops, ends = _folder_defaults(folder)
+            if adapter:
+                model.read_adapter_config(adapter)  # what is none is told at once, as what is no model
         self._end_ids = self.tokenizer.end_ids | ends
         self._folder, self._engine = folder, Engine(partial(model.load, folder, adapter=adapter), **limits)
         self.stats = self._engine.stats

@@ -204,7 +204,7 @@ def load(folder: Path, dtype: mx.Dtype | None = None, adapter: Path | None = Non
     for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
         layer.self_attn.fuse()
     if adapter:
-        _adapt(model, Path(adapter))
+        _adapt(model, adapter)
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
@@ -306,7 +306,7 @@ def _convert(name: str, array: mx.array, like: mx.array, dtype: mx.Dtype | None,
 
 def _adapt(model: Phi3V, folder: Path) -> None:
     """Add an adapter as mlx-lm writes them: into plain weights, where it costs nothing, beside quantised ones."""
-    kind, scale = _read_adapter_config(folder / "adapter_config.json")
+    kind, scale = read_adapter_config(folder)
     parts: dict[str, dict[str, mx.array]] = defaultdict(dict)
     for name, array in read(folder / "adapters.safetensors").items():
         parts[name.rpartition(".")[0]][name.rpartition(".")[2]] = array
@@ -335,13 +335,14 @@ def _adapt(model: Phi3V, folder: Path) -> None:
             mx.eval(layer.weight)  # one after another: its parts are float32
 
 
-def _read_adapter_config(path: Path) -> tuple[str, float]:
-    """Which kind of adapter it is, and its scale."""
+def read_adapter_config(folder: Path) -> tuple[str, float]:
+    """Which kind of adapter a folder has, "lora" or "dora", and its scale. Raises SetupError."""
+    path = folder / "adapter_config.json"
     try:
         raw = json.loads(path.read_bytes())
         kind, scale = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]["scale"]
     except OSError as error:
-        raise SetupError(f"{path.parent} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
+        raise SetupError(f"{folder} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SetupError(f"{path} is not what mlx-lm writes: it has no lora_parameters with a scale") from None
     if kind not in ("lora", "dora") or type(scale) not in (int, float):

@@ -112,16 +112,19 @@ def test_the_module_takes_an_adapter_and_says_so_in_its_name(trained):
         assert llm.generate("Hello", **params) != base.generate("Hello", **params)
 
 
-def test_the_command_line_takes_an_adapter_and_tells_in_one_line_what_is_none(trained, tmp_path, capsys):
+def test_the_command_line_takes_an_adapter_and_tells_in_one_line_what_is_none(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     tiny = ["generate", "Hello", "--max-tokens", "8", "--model", str(PARITY / "tiny-gqa")]
     answers = []
     for options in ([], ["--adapter", str(trained)]):
         assert cli.main([*tiny, *options]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] != answers[1]
-    assert cli.main([*tiny, "--adapter", str(tmp_path)]) == 1
     told = "is no adapter folder: cannot read adapter_config.json: No such file or directory"
-    assert capsys.readouterr().err == f"phi3v: {tmp_path} {told}\n"
+    for command in (tiny, ["serve", "--model", str(PARITY / "tiny-gqa")]):
+        assert cli.main([*command, "--adapter", str(tmp_path)]) == 1
+        assert capsys.readouterr().err == f"phi3v: {tmp_path} {told}\n"
+    assert not list(tmp_path.iterdir())  # no certificate, no keys
 
 
 def spoil(folder: Path, **changes) -> None:
