@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "phi3v"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"keys", "tls", "metrics", "request"},
+    {"keys", "tls", "request"},
     {"connection", "protocol", "images", "tokenizer", "sampling", "language", "vision"},
     {"model", "sequences"},
     {"engine", "hub", "quantize"},
@@ -78,7 +78,6 @@ def test_mlx_and_other_packages_are_imported_where_they_may_be(module):
         "terminal",
         "keys",
         "tls",
-        "metrics",
         "errors",
         "request",
         "protocol",
