@@ -43,8 +43,8 @@ CORS = {
     "Access-Control-Max-Age": "600",
     "Vary": "Origin",
 }
-# What /metrics shows: totals only, nothing about any key; prometheus.io/docs/instrumenting/exposition_formats. BOUNDS are
-# upper ones in seconds, from one step of a small model to the wait in a full queue.
+# What /metrics shows, as prometheus.io/docs/instrumenting/exposition_formats says: totals only, nothing about any key.
+# BOUNDS are upper ones in seconds, from one step of a small model to the wait in a full queue.
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 METRICS = {
