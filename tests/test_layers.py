@@ -20,13 +20,20 @@ FLOORS = [
     {"server"},
     {"__init__"},
     {"terminal"},
+    {"bench"},
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"language", "vision", "sampling", "sequences", "model", "engine", "quantize"}
+MLX = {"language", "vision", "sampling", "sequences", "model", "engine", "quantize", "bench"}
 # Inside functions only: so that `list` needs none of it, and a path has no business with the hub.
 LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "__init__"), ("__main__", "server")}
-LAZY |= {("__main__", "llm"), ("__main__", "quantize"), ("__main__", "__init__"), ("__init__", "errors")}
+LAZY |= {
+    ("__main__", "llm"),
+    ("__main__", "quantize"),
+    ("__main__", "bench"),
+    ("__main__", "__init__"),
+    ("__init__", "errors"),
+}
 OUTSIDE = {"huggingface_hub", "mlx", "numpy", "PIL", "safetensors", "tokenizers"}
 RUNS = {
     name
