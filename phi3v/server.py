@@ -5,6 +5,7 @@ its TLS handshake, so that a silent client holds up nobody else.
 """
 
 import base64
+import bisect
 import errno
 import hashlib
 import json
@@ -18,6 +19,7 @@ import ssl
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator
 from email.utils import formatdate
 from functools import lru_cache, partial
@@ -26,7 +28,6 @@ from pathlib import Path
 
 from . import errors, protocol
 from .connection import Connection, Head
-from .metrics import CONTENT_TYPE, Metrics
 from .request import Delta
 
 STOP_SECONDS = 30  # how long running requests may go on after the server was told to stop
@@ -46,9 +47,65 @@ CORS = {
     "Vary": "Origin",
 }
 PAGE = Path(__file__).with_name("chat.html").read_bytes()
+# What /metrics shows, as prometheus.io/docs/instrumenting/exposition_formats says: totals only, nothing about any key.
+# BOUNDS are upper ones in seconds, from one step of a small model to the wait in a full queue.
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS = {
+    "requests_total": "Requests answered, by route and HTTP status.",
+    "refusals_total": "Requests refused or broken off, by type of error.",
+    "turned_away_total": "Connections that were one too many.",
+    "prompt_tokens_total": "Tokens of the prompts that were answered.",
+    "completion_tokens_total": "Tokens made.",
+    "cached_tokens_total": "Tokens of prompts that were not read again.",
+    "running_sequences": "Sequences being read or answered now.",
+    "waiting_sequences": "Sequences waiting for their turn now.",
+    "cache_bytes": "Memory taken by prompts and pictures that were read.",
+    "time_to_first_token_seconds": "From a request's head to its first token.",
+    "inter_token_latency_seconds": "From one token of an answer to its next.",
+}
 NO_HEAD = Head("", "", "", 1, {"connection": "close"}, None, False, 0)  # of a request that could not be read
 
 log = logging.getLogger("phi3v")
+
+
+class Metrics:
+    """Counters and histograms by name, as Prometheus text; safe from any thread."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._times = {name: [0] * (len(BOUNDS) + 1) for name in METRICS if name.endswith("_seconds")}
+        self._sums = dict.fromkeys(self._times, 0.0)
+
+    def add(self, name: str, amount: float = 1, **labels: str | int) -> None:
+        # Labels are our own words, never a client's: nothing in them needs escaping.
+        key = "{" + ",".join(f'{label}="{value}"' for label, value in labels.items()) + "}" if labels else ""
+        with self._lock:
+            self._counts[name][key] += amount
+
+    def observe(self, name: str, seconds: float, times: int = 1) -> None:
+        """Count a duration that occurred so many `times`."""
+        with self._lock:
+            self._times[name][bisect.bisect_left(BOUNDS, seconds)] += times
+            self._sums[name] += seconds * times
+
+    def render(self, gauges: dict[str, float]) -> bytes:
+        """Everything, with `gauges` for what is measured at this moment."""
+        lines = []
+        with self._lock:
+            for name, text in METRICS.items():
+                full, total = f"phi3v_{name}", 0
+                kind = "histogram" if name in self._times else "gauge" if name in gauges else "counter"
+                lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+                for bound, count in zip((*BOUNDS, "+Inf"), self._times.get(name, ()), strict=False):
+                    total += count
+                    lines.append(f'{full}_bucket{{le="{bound}"}} {total}')
+                if name in self._times:
+                    lines += [f"{full}_sum {self._sums[name]:.9g}", f"{full}_count {total}"]
+                values = {"": gauges[name]} if name in gauges else self._counts[name]
+                lines += [f"{full}{labels} {value:.15g}" for labels, value in values.items()]
+        return ("\n".join(lines) + "\n").encode()
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
@@ -243,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
         stats = self.server.llm.stats()
         gauges = {f"{name}_sequences": stats[name] for name in ("running", "waiting")}
         payload = self.server.metrics.render(gauges | {"cache_bytes": stats["cache_bytes"]})
-        self._reply(200, payload, {"Content-Type": CONTENT_TYPE})
+        self._reply(200, payload, {"Content-Type": METRICS_TYPE})
 
     def models(self) -> None:
         self._authorize()

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "phi3v"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"keys", "tls", "metrics", "request"},
+    {"keys", "tls", "request"},
     {"connection", "protocol", "images", "tokenizer", "sampling", "language", "vision"},
     {"model", "sequences"},
     {"engine", "hub", "quantize"},
@@ -20,10 +20,11 @@ FLOORS = [
     {"server"},
     {"__init__"},
     {"terminal"},
+    {"bench"},
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"language", "vision", "sampling", "sequences", "model", "engine", "quantize"}
+MLX = {"language", "vision", "sampling", "sequences", "model", "engine", "quantize", "bench"}
 UPWARDS = {("llm", "__init__")}  # for the version
 LIGHT = FLOORS[0] | FLOORS[1] | {"connection", "protocol", "server", "__init__", "terminal", "__main__"}
 HEAVY = set(MODULES) - LIGHT | {"server"}  # imported by those inside functions only: `list` needs none of it

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import phi3v
-from phi3v import errors, metrics, protocol, request, server
+from phi3v import errors, protocol, request, server
 from phi3v.keys import KeyStore
 from phi3v.request import Delta, SamplingParams, TokenLogprob
 
@@ -84,7 +84,7 @@ def test_the_document_has_the_servers_routes_and_version():
     assert set(OPERATIONS) == {(path, method.lower()) for path, (method, _) in server.ROUTES.items()}
     assert DOCUMENT["info"]["version"] == phi3v.__version__ and DOCUMENT["openapi"].startswith("3.1.")
     assert [path for (path, _), op in OPERATIONS.items() if op.get("security") == []] == ["/", "/health"]
-    assert [*OPERATIONS["/metrics", "get"]["responses"]["200"]["content"]] == [metrics.CONTENT_TYPE]
+    assert [*OPERATIONS["/metrics", "get"]["responses"]["200"]["content"]] == [server.METRICS_TYPE]
     sizes = [
         f"{size >> 20} MB ({size:,} bytes)"
         for size in (server.Server.max_content_length, server.Server.max_chat_content_length)
