@@ -112,7 +112,7 @@ def main() -> int:
         for number, (name, options) in enumerate((CONVERSIONS | OURS).items()):
             out = Path(made) / str(number)
             if name in OURS:
-                quantize(source, out, *options, lambda *_: None)
+                quantize(source, out, *options)
             else:
                 convert_theirs(source, out, **options)
             size = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 1e6

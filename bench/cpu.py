@@ -76,7 +76,7 @@ def folders(size: str, made: Path) -> dict[str, Path]:
         source = made / size
         source.mkdir()
         peers.write_folder(*peers.make_weights(REAL, mx.bfloat16), source)
-    quantize(source, made / f"{size}-4", 4, 64, False, lambda *_: None)
+    quantize(source, made / f"{size}-4", 4, 64, False)
     return {"bf16": source, "4 bits": made / f"{size}-4"}
 
 

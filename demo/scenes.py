@@ -101,8 +101,7 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def distance(c1: tuple, c2: tuple) -> float:
-    return math.dist(c1, c2)
+distance = math.dist  # of colours, too
 
 
 def jitter(rng, color: tuple, by: int = 12) -> tuple:

@@ -59,7 +59,7 @@ class Writer:
         """<|user|>, then the pictures; what follows begins with the line break after the last."""
         ids = [self.bos, self.user]
         for _ in range(pictures):
-            ids += [*(self.newline if pictures else []), *[-1] * SLOTS, self.bos]
+            ids += [*self.newline, *[-1] * SLOTS, self.bos]
         return ids
 
     def talk(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
@@ -413,7 +413,8 @@ def train(net: Phi, feed: Feed, args, device: str, done: float) -> None:
             sums[layout].append((loss.item(), extra.item(), wrong.item()))
         if step % 200 == 0 and layout != "text":
             told = {name: [round(float(v), 4) for v in np.mean(values, 0)] for name, values in sorted(sums.items())}
-            line = json.dumps({"s": round(time.time() - began), "step": step, "drawn": feed.drawn, "rate": rate} | told)
+            seconds = round(60 * args.minutes * progress)  # of the whole training, if it is a resumed one
+            line = json.dumps({"s": seconds, "step": step, "drawn": feed.drawn, "rate": rate} | told)
             print(line, file=log, flush=True)
             print(line, flush=True)
             sums.clear()

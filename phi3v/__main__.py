@@ -76,9 +76,8 @@ def serve(arguments: argparse.Namespace) -> None:
     limits = {name: getattr(arguments, name) for name in names}
     signals: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
     _catch(signals, signal.SIGHUP)  # also while a model loads, or it would end us
-    with open_llm(
-        arguments.model, adapter=arguments.adapter, **limits
-    ) as llm:  # first: what is no model must leave no files behind
+    # First the model: what is none must leave no files behind.
+    with open_llm(arguments.model, adapter=arguments.adapter, **limits) as llm:
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host, *arguments.allowed_host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
@@ -219,18 +218,12 @@ def quantize(arguments: argparse.Namespace) -> None:
 
     need_mlx()
     from .llm import find
-    from .quantize import agreement
-    from .quantize import quantize as convert
-
-    def tell(what: str, share: float) -> None:
-        if sys.stderr.isatty():
-            print(f"{what} … {share:4.0%}", end="\r", file=sys.stderr)
+    from .quantize import agreement, quantize
 
     source, out = find(arguments.model), Path(arguments.out).resolve()
-    options = arguments.bits, arguments.group_size, arguments.vision
-    before, after = convert(source, out, *options, tell)
+    before, after = quantize(source, out, arguments.bits, arguments.group_size, arguments.vision)
     print(f"{out}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after", flush=True)
-    same, places = agreement(source, out, tell)
+    same, places = agreement(source, out)
     print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
 
 
@@ -289,9 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "the old one stays valid so long, as 24h (not at all)"
     sub.add_argument("--grace", type=_kind(*GRACE), default=0, help=text)
     delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
-    sub = generate_ = command(
-        terminal.generate, "generate", "answer in the terminal, one prompt or one for each picture"
-    )
+    text = "answer in the terminal, one prompt or one for each picture"
+    sub = generate_ = command(terminal.generate, "generate", text)
     sub.epilog = terminal.STATUS
     sub.set_defaults(refuse=sub.error)
     sub.add_argument("prompt", help="the question, or - to read it from standard input")
@@ -311,8 +303,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(quantize, "quantize", "write a checkpoint with fewer bits to a weight")
     sub.add_argument("model", metavar="MODEL", help="demo, a checkpoint folder or a hub id")
     sub.add_argument("out", metavar="OUT", help="the folder to make")
-    sub.add_argument("--bits", type=int, default=4, help="2, 3, 4, 6 or 8 (4)")
-    sub.add_argument("--group-size", type=int, default=64, help="weights that share a scale: 32, 64 or 128 (64)")
+    # What MLX's affine mode has on all backends, and both loaders read.
+    sub.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 6, 8), help="of a weight (4)")
+    text = "weights that share a scale (64)"
+    sub.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help=text)
     sub.add_argument("--vision", action="store_true", help="the vision tower, too, which stays as it is otherwise")
     sub = bench_ = command(bench, "bench", "measure a model on this machine: a table to paste into an issue")
     sub.add_argument("--json", action="store_true", help="the same as one object")
@@ -338,29 +332,22 @@ def _option(parser: argparse.ArgumentParser, flag: str, default: str | int, help
     parser.add_argument(flag, default=os.environ.get(variable) or default, help=text, **kwargs)
 
 
-def _kind(pattern: str, what: str, **words):
-    """What argparse makes of a value: a number times its unit, or one of `words`."""
+def _kind(pattern: str, what: str, make=lambda found: int(found[1]) * UNITS[found[2].upper()], **words):
+    """What argparse makes of a value: what `make` does of the match, a number times its unit, or one of `words`."""
 
-    def kind(text: str) -> int | None:
+    def kind(text: str) -> int | str | None:
         found = re.fullmatch(pattern, text)
         if not found and text not in words:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return int(found[1]) * UNITS[found[2].upper()] if found else words[text]
+        return make(found) if found else words[text]
 
     return kind
 
 
 def _names(pattern: str, what: str):
     """What argparse makes of names with commas between."""
-
-    def kind(text: str) -> list[str]:
-        names = [name.strip().lower() for name in text.split(",") if name.strip()]
-        for name in names:
-            if not re.fullmatch(pattern, name):
-                raise argparse.ArgumentTypeError(f"{name!r} is not {what}")
-        return names
-
-    return kind
+    one = _kind(pattern, what, re.Match.group)
+    return lambda text: [one(name.strip().lower()) for name in text.split(",") if name.strip()]
 
 
 def _end(seconds: int | None) -> float | None:
@@ -370,11 +357,8 @@ def _end(seconds: int | None) -> float | None:
 
 def _reference(key: str) -> str:
     """What --key named; - keeps the key out of `ps` and of the shell's history."""
-    return _text(sys.stdin.buffer.readline() if key == "-" else os.fsencode(key)).strip()
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode(errors="replace")  # an argument that is no UTF-8 must not be a traceback
+    given = sys.stdin.buffer.readline() if key == "-" else os.fsencode(key)
+    return given.decode(errors="replace").strip()  # an argument that is no UTF-8 must not be a traceback
 
 
 def _table(keys: list[Key]) -> str:

@@ -4,9 +4,10 @@ Knows nothing of routes, keys or JSON. `parse` is pure and strict: bytes in, one
 readers could understand in two ways (request smuggling) is refused, and a verdict depends on the bytes alone, not on
 how they arrive: lines are judged in their order, each when it is whole, and a limit as soon as it is passed. Its
 sources: RFC 9112 (the messages), RFC 9110 (their meaning), RFC 3986 (targets).
- A deadline is for the whole of something, not for each of its bytes: who sends
-or reads a byte now and then is cut off like one who is silent. Only the connection's own thread touches it, but for
-`hang_up` and `cut`. Raises ConnectionError when there is nobody to answer, RequestError when there is.
+
+A deadline is for the whole of something, not for each of its bytes: who sends or reads a byte now and then is cut off
+like one who is silent. Only the connection's own thread touches it, but for `hang_up` and `cut`. Raises ConnectionError
+when there is nobody to answer, RequestError when there is.
 """
 
 import contextlib
@@ -195,9 +196,8 @@ def parse(data: bytes) -> Head | None:
             raise HeadTooLarge(f"the head has more than {MAX_FIELDS} fields")
         if not (found := (FIELD_LINE if lines else REQUEST_LINE).fullmatch(line)):
             shape = "NAME: VALUE, on one line" if lines else "METHOD TARGET HTTP/1.1 with one space between"
-            raise RequestError(
-                f"line {len(lines) + 1} of the head is not {shape}, in plain characters and ended by CRLF"
-            )
+            where = f"line {len(lines) + 1} of the head"
+            raise RequestError(f"{where} is not {shape}, in plain characters and ended by CRLF")
         lines.append(found.groups())
     if not lines and len(data) - start >= MAX_LINE + 2:
         raise TargetTooLong(f"the request line has more than {MAX_LINE:,} bytes")

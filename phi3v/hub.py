@@ -23,10 +23,8 @@ from .errors import SetupError
 from .model import progress, weight_files
 
 # All that is ever fetched, and from the top folder only: no code, no pickles.
-WANTED = re.compile(
-    r"((preprocessor_|generation_)?config|tokenizer|model\.safetensors\.index)\.json|[\w.-]+\.safetensors", re.ASCII
-)
-HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's of small files and of commits, SHA-256 of large files
+WANTED = r"(?a)((preprocessor_|generation_)?config|tokenizer|model\.safetensors\.index)\.json|[\w.-]+\.safetensors"
+HASH = r"[0-9a-f]{40}|[0-9a-f]{64}"  # git's of small files and of commits, SHA-256 of large files
 PAUSES = 1, 2, 4, 8  # seconds before each further try, counted anew when one has brought something: a router restarts
 SPARE = 100_000_000  # bytes of the disk that a download leaves free
 DEMO = "or try --model demo, which needs no download"
@@ -80,9 +78,9 @@ def _download(name: str, root: Path) -> Path:
     info = HfApi().model_info(name, revision="main", files_metadata=True, timeout=timeout)
     _check(name, info)
     folder, blobs = root / "snapshots" / info.sha, root / "blobs"
-    wanted = [file for file in info.siblings if WANTED.fullmatch(file.rfilename)]
+    wanted = [file for file in info.siblings if re.fullmatch(WANTED, file.rfilename)]
     hashes = [file.lfs.sha256 if file.lfs else file.blob_id for file in wanted]
-    if not all(HASH.fullmatch(text) for text in (info.sha, *hashes)):
+    if not all(re.fullmatch(HASH, text) for text in (info.sha, *hashes)):
         raise ValueError("a hash")  # it would be a path of the hub's choice
     files = {f.rfilename: (blobs / text, f.size) for f, text in zip(wanted, hashes, strict=True)}
     missing = {f: at for f, at in files.items() if at[1] not in (_size(folder / f), _size(at[0]))}
@@ -91,15 +89,15 @@ def _download(name: str, root: Path) -> Path:
     if size - have + SPARE > free:
         room = f"{(size - have) / 1e9:.2f} GB to download and {free / 1e9:.2f} GB are free in {root.parent}"
         raise SetupError(f"{name} has {room}: make room, or let HF_HOME name a larger disk; {DEMO}")
-    there = f", {have / 1e9:.2f} GB of it are here" if have else ""
-    where = f"into {root.parent}, {free / 1e9:.0f} GB free; after Ctrl-C the same command goes on"
     if missing:
+        there = f", {have / 1e9:.2f} GB of it are here" if have else ""
+        where = f"into {root.parent}, {free / 1e9:.0f} GB free; after Ctrl-C the same command goes on"
         print(f"phi3v: downloading {name}: {size / 1e9:.2f} GB{there}, {where}", file=sys.stderr, flush=True)
     blobs.mkdir(parents=True, exist_ok=True)
     with progress(f"downloading {name}", size, have) as advance:
-        for file, (blob, size) in sorted(missing.items(), key=lambda each: each[1][1]):
+        for file, (blob, length) in sorted(missing.items(), key=lambda each: each[1][1]):  # the small ones first
             url = f"{constants.ENDPOINT}/{name}/resolve/{info.sha}/{file}"
-            _fetch(f"{file} of {name}", url, blob, size, advance)
+            _fetch(f"{file} of {name}", url, blob, length, advance)
     _link(folder, {file: blob for file, (blob, _) in files.items()})
     (root / "refs").mkdir(exist_ok=True)
     (root / "refs" / "main").write_text(info.sha)
@@ -114,7 +112,7 @@ def _check(name: str, info) -> None:
         raise SetupError(f"{name} has model_type {kind!r}; phi3v runs 'phi3_v' only")
     if lacking := [file for file in ("config.json", "tokenizer.json") if file not in there]:
         raise SetupError(f"{name} has no {lacking[0]} on the hub: it is no checkpoint that phi3v can run")
-    if not any(WANTED.fullmatch(file) and file.endswith(".safetensors") for file in there):
+    if not any(re.fullmatch(WANTED, file) and file.endswith(".safetensors") for file in there):
         others = [file for file in there if file.endswith((".bin", ".pt", ".pth", ".gguf", ".npz"))]
         given = f", only {others[0]}" if others else ""
         raise SetupError(f"{name} has no .safetensors file on the hub{given}: phi3v reads no other format, {DEMO}")
@@ -130,7 +128,7 @@ def _size(path: Path) -> int:
 
 def _fetch(what: str, url: str, blob: Path, size: int, advance: Callable[[int], None]) -> None:
     """Download a file, on from where it was cut; it gets its name in the cache once its hash is right."""
-    part, pauses = _part(blob), list(PAUSES)
+    part, tries = _part(blob), 0
     with open(part, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,14 +137,12 @@ def _fetch(what: str, url: str, blob: Path, size: int, advance: Callable[[int], 
         while (have := file.seek(0, os.SEEK_END)) < size:
             try:
                 _append(url, file, have, size, advance)
-            except HfHubHTTPError:
-                raise
-            except HTTPError:
-                if file.seek(0, os.SEEK_END) > have:
-                    pauses = list(PAUSES)
-                if not pauses:
+            except HTTPError as error:
+                tries = 0 if file.seek(0, os.SEEK_END) > have else tries
+                if isinstance(error, HfHubHTTPError) or tries == len(PAUSES):  # the first: a refusal
                     raise
-                time.sleep(pauses.pop(0))
+                time.sleep(PAUSES[tries])
+                tries += 1
         with open(part, "rb") as written:
             git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
             digest = hashlib.file_digest(written, hashlib.sha256 if len(blob.name) == 64 else lambda: git)

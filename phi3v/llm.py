@@ -18,12 +18,12 @@ import numpy as np
 from . import __version__, images, model
 from .engine import Engine
 from .errors import RequestError, SetupError, check_text
+from .images import Header
 from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt, shared_length
 from .tokenizer import Decoder, Parts, Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
-
 PLACES = 2  # requests whose pictures are decoded at once
 
 
@@ -36,16 +36,18 @@ class LLM(AbstractContextManager):
 
     def __init__(self, name: str = "demo", adapter: str | None = None, **limits):
         folder = find(name)
-        self.checkpoint = _checkpoint_name(name, folder) + (f"+{Path(adapter).resolve().name}" if adapter else "")
+        adapter = Path(adapter).expanduser() if adapter else None
+        self.checkpoint = _checkpoint_name(name, folder) + (f"+{adapter.resolve().name}" if adapter else "")
         with _told(folder):
             self.config = model.Config.read(folder)
             self.tokenizer = Tokenizer(folder)
             if self.tokenizer.largest_id >= self.config.vocab_size:
                 raise SetupError(f"{folder}: tokenizer.json has ids beyond the model's {self.config.vocab_size}")
             self._num_crops, ends = _folder_defaults(folder)
+            if adapter:
+                model.read_adapter_config(adapter)  # what is none is told at once, as what is no model
         self._end_ids = self.tokenizer.end_ids | ends
-        load = partial(model.load, folder, self.config, adapter=adapter)
-        self._folder, self._engine = folder, Engine(load, **limits)
+        self._folder, self._engine = folder, Engine(partial(model.load, folder, adapter=adapter), **limits)
         self.stats = self._engine.stats
         self._moved = threading.Condition()  # guards these two: the owners of what is decoded, and of what is to be
         self._decoding: list[str] = []
@@ -106,9 +108,7 @@ class LLM(AbstractContextManager):
         """
         params, prompts, decoders, counts = request.params, [], [], []
         num_crops = params.num_crops or self._num_crops
-        opened = [
-            [images.Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats
-        ]
+        opened = [[Header(p.source, p.num_crops or num_crops, p.param) for p in c.pictures] for c in request.chats]
         pixels = sum(header.pixels for headers in opened for header in headers)
         if owner and pixels > images.MAX_JPEG_PIXELS:  # over the wire; who embeds us may ask for as much as he likes
             message = f"the pictures have {pixels:,} pixels in all, at most {images.MAX_JPEG_PIXELS:,} may be"
@@ -161,14 +161,14 @@ class LLM(AbstractContextManager):
                 self._decoding.remove(owner)
                 self._moved.notify_all()
 
-    def _encode(self, parts: Parts, pictures: list[images.Header], request: Request) -> list[int]:
+    def _encode(self, parts: Parts, pictures: list[Header], request: Request) -> list[int]:
         try:
             return self.tokenizer.encode(parts, [p.tokens for p in pictures], self._context())
         except RequestError as error:
             raise RequestError(error.message, "messages" if request.clamp else error.param) from None
 
     def _choices(
-        self, parts: Parts, pictures: list[images.Header], request: Request, owner: str, check: Callable
+        self, parts: Parts, pictures: list[Header], request: Request, owner: str, check: Callable
     ) -> tuple[list[Prompt], int]:
         """A prompt for each choice, its targets what it adds to what all share, and the end; and the tokens without."""
         turn = max(i for i, part in enumerate(parts) if not isinstance(part, str) and part >= 0)

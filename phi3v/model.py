@@ -31,8 +31,8 @@ UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encod
 # Rows from which a CPU multiplies faster with dequantised weights: with OpenBLAS, and without (crossovers measured with
 # Phi-3's and CLIP's widths: 3 to 6 rows and 8 to 32). Bits that do not divide 32 take three times as long to unpack.
 ROWS, ROWS_SLOW, UNEVEN = 8, 32, 3
-
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX's affine quantisation has
+AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -176,18 +176,12 @@ class Phi3V(nn.Module):
         return self.lm_head(self.model(embeddings, parts, rows)).astype(mx.float32)
 
 
-def load(
-    folder: Path,
-    config: Config | None = None,
-    dtype: mx.Dtype | None = None,
-    adapter: Path | None = None,
-    lazy: bool = False,
-) -> Phi3V:
+def load(folder: Path, dtype: mx.Dtype | None = None, adapter: Path | None = None, lazy: bool = False) -> Phi3V:
     """The model in a folder, evaluated (unless `lazy`) on the thread that is to run it.
 
     `dtype` None is the file's, or a CPU's best; `adapter` the folder of a LoRA or DoRA adapter. Raises SetupError.
     """
-    model, tensors = Phi3V(config or Config.read(folder)), {}
+    model, tensors = Phi3V(Config.read(folder)), {}
     cpu = mx.default_device() == mx.Device(mx.cpu)
     if dtype is None and cpu:
         dtype = mx.float32  # shorter floats are slow there
@@ -210,7 +204,7 @@ def load(
     for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
         layer.self_attn.fuse()
     if adapter:
-        _adapt(model, Path(adapter))
+        _adapt(model, adapter)
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
@@ -220,23 +214,21 @@ def load(
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A line on a terminal, if standard error is one: how many of `total` bytes are done. Call it with those added."""
-    shows, start, began = bool(sys.stderr and sys.stderr.isatty()), done, time.monotonic()
-    shown = began
+    start, began = done, time.monotonic()
+    shown = began if sys.stderr and sys.stderr.isatty() else math.inf
 
     def advance(added: int) -> None:
         nonlocal done, shown
         done, now = done + added, time.monotonic()
-        if shows and now - shown > 0.2:
+        if now - shown > 0.2:
             shown, rate = now, max(1.0, (done - start) / (now - began))
-            left = f"{rate / 1e6:.0f} MB/s, {max(0, total - done) / rate:.0f} s left"
-            print(
-                f"\r{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left}\x1b[K", end="", file=sys.stderr, flush=True
-            )
+            line = f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s"
+            print(f"\r{line}, {max(0, total - done) / rate:.0f} s left\x1b[K", end="", file=sys.stderr, flush=True)
 
     try:
         yield advance
     finally:
-        if shown > began:
+        if began < shown < math.inf:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
@@ -247,12 +239,10 @@ def read(path: Path) -> dict[str, mx.array]:
         with safe_open(path, "numpy"):  # checks what MLX does not: that offsets fit the file, shapes and each other
             return mx.load(str(path))
     except OSError as error:
-        advice = (
-            "let its owner and mode allow it" if isinstance(error, PermissionError) else "copy or download it again"
-        )
+        advice = "let its owner and mode allow it" if isinstance(error, PermissionError) else AGAIN
         raise SetupError(f"cannot read {path}: {error.strerror or error}; {advice}") from None
     except (SafetensorError, RuntimeError) as error:
-        raise SetupError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from None
+        raise SetupError(f"{path} is not a whole safetensors file: {error}; {AGAIN}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -267,13 +257,10 @@ def weight_files(folder: Path) -> list[Path]:
     if outside := [str(path) for path in paths if path != folder / path.name]:
         raise SetupError(f"{index} names {outside[0]!r}, which is not a file of its folder")
     if missing := [path.name for path in paths if not path.exists()]:
-        raise SetupError(
-            f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}: copy or download them"
-        )
+        raise SetupError(f"{folder} lacks {len(missing)} of {len(paths)} weight files, first {missing[0]}: {AGAIN}")
     if not paths:
-        raise SetupError(
-            f"{folder} is no checkpoint folder: it has no .safetensors file, and phi3v reads no other format"
-        )
+        lacking = "it has no .safetensors file, and phi3v reads no other format"
+        raise SetupError(f"{folder} is no checkpoint folder: {lacking}")
     return paths
 
 
@@ -300,9 +287,7 @@ def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:
 
 def _check_names(wanted: dict[str, mx.array], tensors: dict[str, mx.array], layers_used: int, folder: Path) -> None:
     if missing := sorted(wanted.keys() - tensors.keys()):
-        raise SetupError(
-            f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}: copy or download it again"
-        )
+        raise SetupError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}: {AGAIN}")
     unread = ((name, UNREAD.search(name)) for name in tensors.keys() - wanted.keys())
     if surplus := sorted(name for name, found in unread if not found or (found[1] and int(found[1]) < layers_used)):
         raise SetupError(f"{folder} has {len(surplus)} tensors that Phi-3-vision has no place for, first {surplus[0]}")
@@ -321,28 +306,24 @@ def _convert(name: str, array: mx.array, like: mx.array, dtype: mx.Dtype | None,
 
 def _adapt(model: Phi3V, folder: Path) -> None:
     """Add an adapter as mlx-lm writes them: into plain weights, where it costs nothing, beside quantised ones."""
-    path = folder / "adapter_config.json"
-    try:
-        raw = json.loads(path.read_bytes())
-        kind, scale = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]["scale"]
-        if kind not in ("lora", "dora") or type(scale) not in (int, float):
-            raise SetupError(
-                f"{path} has fine_tune_type {kind!r} and scale {scale!r}; phi3v adds 'lora' and 'dora' only"
-            )
-    except OSError as error:
-        raise SetupError(f"{folder} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SetupError(f"{path} is not what mlx-lm writes: it has no lora_parameters with a scale") from None
+    kind, scale = read_adapter_config(folder)
     parts: dict[str, dict[str, mx.array]] = defaultdict(dict)
     for name, array in read(folder / "adapters.safetensors").items():
         parts[name.rpartition(".")[0]][name.rpartition(".")[2]] = array
     layers = {name: module for name, module in model.named_modules() if "vision" not in name}
     for name, given in parts.items():
         layer = layers.get(name)
-        _check_adapter(folder, name, layer, given, {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])})
-        quantized, weight = isinstance(layer, nn.QuantizedLinear), layer.weight
-        if quantized:
+        if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
+            raise SetupError(f"{folder} adapts {name}, no linear layer of this language model: it is for another")
+        weight = layer.weight
+        if quantized := isinstance(layer, nn.QuantizedLinear):
             weight = mx.dequantize(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        (rows, width), rank = weight.shape, given["lora_a"].shape[-1] if "lora_a" in given else 0
+        wanted = {"lora_a": (width, rank), "lora_b": (rank, rows)} | ({"m": (rows,)} if kind == "dora" else {})
+        if (found := {leaf: given[leaf].shape for leaf in sorted(given)}) != wanted:
+            raise SetupError(
+                f"{folder} has {found} for {name}, this model takes {wanted}: it is for another, or damaged"
+            )
         lora_a, lora_b = given["lora_a"].astype(mx.float32), scale * given["lora_b"].astype(mx.float32)
         adapted = weight.astype(mx.float32) + (lora_a @ lora_b).T
         share = given["m"] / mx.linalg.norm(adapted, axis=1) if kind == "dora" else None
@@ -354,14 +335,17 @@ def _adapt(model: Phi3V, folder: Path) -> None:
             mx.eval(layer.weight)  # one after another: its parts are float32
 
 
-def _check_adapter(folder: Path, name: str, layer: nn.Module | None, given: dict, leaves: set[str]) -> None:
-    if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
-        raise SetupError(f"{folder} adapts {name}, which is no linear layer of this language model: it is for another")
-    rows, width = layer.weight.shape
-    if isinstance(layer, nn.QuantizedLinear):
-        width = 32 * width // layer.bits
-    rank = given["lora_a"].shape[-1] if "lora_a" in given else 0
-    right = {"lora_a": (width, rank), "lora_b": (rank, rows), "m": (rows,)}
-    found = {leaf: given[leaf].shape for leaf in sorted(given)}
-    if found != (wanted := {leaf: right[leaf] for leaf in sorted(leaves)}):
-        raise SetupError(f"{folder} has {found} for {name}, this model takes {wanted}: it is for another, or damaged")
+def read_adapter_config(folder: Path) -> tuple[str, float]:
+    """Which kind of adapter a folder has, "lora" or "dora", and its scale. Raises SetupError."""
+    path = folder / "adapter_config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+        kind, scale = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]["scale"]
+    except OSError as error:
+        raise SetupError(f"{folder} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SetupError(f"{path} is not what mlx-lm writes: it has no lora_parameters with a scale") from None
+    if kind not in ("lora", "dora") or type(scale) not in (int, float):
+        given = f"fine_tune_type {kind!r} and scale {scale!r}"
+        raise SetupError(f"{path} has {given}; phi3v adds 'lora' and 'dora' only")
+    return kind, scale

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 
 from .errors import SetupError
-from .images import SIDE, Crops, process
+from .images import Crops, Header
 from .language import KVCache, Part
-from .model import PATCH_WEIGHT, load, read, weight_files
+from .model import PATCH_WEIGHT, load, progress, read, weight_files
 from .tokenizer import Tokenizer
 
-BITS, GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)  # what MLX's affine mode has on all backends, and both loaders read
+PICTURE = Path(__file__).parent / "demo" / "red-circle.png"
 SHARD = 1 << 29  # bytes of a written file: it is in memory until it is whole
 COPIED = {".json", ".jinja", ".model", ".txt", ".py", ".md", ""}  # beside the weights; LICENSE has no suffix
 # What the two models are compared with: texts of everyday kinds, so short that a CPU reads them in a minute.
@@ -33,18 +32,14 @@ TEXTS = [
     ("List three animals that can fly.", "1. An eagle\n2. A bat\n3. A butterfly"),
     ("What does a thermometer measure?", "A thermometer measures temperature, usually in degrees Celsius."),
 ]
-Tell = Callable[[str, float], None]  # what is being done, and which share of it is
 
 
-def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool, tell: Tell) -> tuple[int, int]:
+def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool) -> tuple[int, int]:
     """Write `source` to the new folder `out`, the tower and its projection too if `vision`; bytes before and after.
 
     Linear and embedding weights whose width is a multiple of the group get so many bits, all else stays. `out` appears
     when it is whole. Raises SetupError, OSError.
     """
-    for name, given, allowed in (("bits", bits, BITS), ("group-size", group_size, GROUPS)):
-        if given not in allowed:
-            raise SetupError(f"--{name} is {given}, MLX quantises with {', '.join(map(str, allowed))}")
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise SetupError(f"{out} is there already: name a folder that is not, or that is empty")
     Tokenizer(source)
@@ -69,8 +64,8 @@ def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool, 
     try:
         if (free := shutil.disk_usage(part).free) < after:
             raise SetupError(f"{out} would have {after / 1e6:,.1f} MB, only {free / 1e6:,.1f} MB are free there")
-        shards = _shards(_tensors(source, plan, bits, group_size, lambda share: tell("quantising", share)))
-        _write(part, shards, after)
+        with progress("quantising", before) as advance:
+            _write(part, _shards(_tensors(source, plan, bits, group_size, advance)), after)
         _describe(source, part, {"group_size": group_size, "bits": bits, "mode": "affine"}, plan)
         part.rename(out)
     finally:
@@ -78,22 +73,18 @@ def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool, 
     return before, after
 
 
-def _tensors(source: Path, plan: dict, bits: int, group_size: int, tell: Callable[[float], None]) -> Iterator[dict]:
+def _tensors(source: Path, plan: dict, bits: int, group_size: int, advance: Callable[[int], None]) -> Iterator[dict]:
     """What each tensor becomes, evaluated: itself, or weights, scales and biases."""
-    done = 0
     for path in weight_files(source):
         tensors = read(path)
         for name in list(tensors):
-            tell(done / len(plan))
-            done += 1
-            array, made = tensors.pop(name), {}
+            made = {name: (array := tensors.pop(name))}
+            advance(array.nbytes)
             if plan[name]:
-                kinds = ("weight", "scales", "biases")
-                arrays = mx.quantize(array, group_size=group_size, bits=bits)
-                made = {name.removesuffix("weight") + k: x for k, x in zip(kinds, arrays, strict=True)}
+                names = [name.removesuffix("weight") + kind for kind in ("weight", "scales", "biases")]
+                made = dict(zip(names, mx.quantize(array, group_size=group_size, bits=bits), strict=True))
             elif name == PATCH_WEIGHT and array.shape[-1] != 3:
                 made = {name: mx.contiguous(array.moveaxis(1, -1))}  # MLX's layout of a convolution
-            made = made or {name: array}
             mx.eval(made)
             mx.clear_cache()
             yield made
@@ -138,14 +129,14 @@ def _describe(source: Path, folder: Path, quantization: dict, plan: dict) -> Non
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def agreement(source: Path, out: Path, tell: Tell) -> tuple[int, int]:
+def agreement(source: Path, out: Path) -> tuple[int, int]:
     """At how many places of the answers of TEXTS both models would say the same next, greedily, and of how many.
 
     Both read the same text before each place: left to themselves, one early difference would make all that follows
     differ, and the figure would say more of where it came than of how many there are.
     """
     tokenizer, texts = Tokenizer(source), []
-    crops = process(Image.fromarray(_circle()), 1)
+    crops = Header(PICTURE, 1).crops()
     for i, (question, answer) in enumerate(TEXTS):
         asked = [("user", [*([] if i else [-1, "\n"]), question])]
         before, whole = (
@@ -153,14 +144,11 @@ def agreement(source: Path, out: Path, tell: Tell) -> tuple[int, int]:
             for chat in (asked, [*asked, ("assistant", [answer])])
         )
         texts.append((np.array(whole), len(before)))
-    first, second = (
-        _choices(folder, texts, crops, lambda share, done=done: tell("comparing", done + share / 2))
-        for done, folder in ((0, source), (0.5, out))
-    )
+    first, second = (_choices(folder, texts, crops) for folder in (source, out))
     return int((first == second).sum()), len(first)
 
 
-def _choices(folder: Path, texts: list[tuple], crops: Crops, tell: Callable[[float], None]) -> np.ndarray:
+def _choices(folder: Path, texts: list[tuple], crops: Crops) -> np.ndarray:
     """The most probable token at each place of the answers; a layer is read when its turn comes, and then freed."""
     phi = load(folder, lazy=True)
     layers, features = phi.model.layers, phi.image_features([crops])
@@ -168,21 +156,16 @@ def _choices(folder: Path, texts: list[tuple], crops: Crops, tell: Callable[[flo
     del phi.model.vision_embed_tokens
     x = mx.concatenate([phi.embed(ids, np.arange(len(ids)) - (ids < 0).argmax(), features) for ids, _ in texts])
     parts = [Part(KVCache(len(layers)), len(ids), phi.config.is_long(len(ids))) for ids, _ in texts]
-    for i in range(len(layers)):
-        tell(i / len(layers))
-        x = layers[i](x, i, parts, None)
-        mx.eval(x)
-        layers[i] = None
-        for part in parts:
-            part.cache.keys[i] = part.cache.values[i] = None
-        mx.clear_cache()
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    with progress(f"comparing, through {folder.name}", size) as advance:
+        for i in range(len(layers)):
+            x = layers[i](x, i, parts, None)
+            mx.eval(x)
+            layers[i] = None
+            for part in parts:
+                part.cache.keys[i] = part.cache.values[i] = None
+            mx.clear_cache()
+            advance(size // len(layers))
     starts = np.cumsum([0] + [len(ids) for ids, _ in texts])
     rows = [np.arange(at + first - 1, at + len(ids)) for at, (ids, first) in zip(starts, texts, strict=False)]
     return np.array(mx.argmax(phi.lm_head(phi.model.norm(x)[mx.array(np.concatenate(rows))]), -1))
-
-
-def _circle() -> np.ndarray:
-    """A red circle on white, one crop."""
-    y, x = np.ogrid[:SIDE, :SIDE]
-    inside = ((x - SIDE / 2) ** 2 + (y - SIDE / 2) ** 2 < (SIDE / 4) ** 2)[:, :, None]
-    return np.where(inside, [220, 30, 30], 255).astype(np.uint8)

@@ -163,10 +163,11 @@ def say_hello(arguments: argparse.Namespace, llm, keys, log_file: Path | None, p
     if sys.platform == "linux":
         slow = "the slow BLAS of the MLX wheel: README says how to get OpenBLAS"
         lines += [f"matrix products by {fast_blas() or slow}"]
-    lines += _trust(certificate)
+    lines += tls.trust_lines(certificate)
     if everyone:
         lines += [f"\nothers on this network: https://{name}:{port}, with a copy of {certificate}"]
-        lines += [f"whose SHA-256 fingerprint is {tls.fingerprint(certificate)}", *_trust(certificate, everyone=True)]
+        lines += [f"whose SHA-256 fingerprint is {tls.fingerprint(certificate)}"]
+        lines += tls.trust_lines(certificate, everyone=True)
     secret, some = "YOUR_API_KEY", keys.list()
     if arguments.first_key and not some:
         _, secret = keys.create("first")
@@ -184,12 +185,6 @@ def _model(arguments: argparse.Namespace, llm) -> str:
     return f"model {llm.checkpoint}{demo}"
 
 
-def _trust(certificate: Path, everyone: bool = False) -> list[str]:
-    lines = tls.trust_lines(certificate, everyone)
-    where = "with that copy" if everyone else "here"
-    return [f"so that browsers trust the certificate {where}, once:", *lines] if lines else []
-
-
 def open_page(arguments: argparse.Namespace, llm, keys, log_file: Path | None, port: int) -> None:
     """Say where the page is, with a key of its own, and open it where there is a browser for it.
 
@@ -200,7 +195,8 @@ def open_page(arguments: argparse.Namespace, llm, keys, log_file: Path | None, p
 
     _, secret = keys.create("chat")
     url = f"https://localhost:{port}/#key={secret}"
-    print(f"phi3v {__version__}, {_model(arguments, llm)}", *_trust(Path(arguments.certfile).absolute()), sep="\n")
+    trust = tls.trust_lines(Path(arguments.certfile).absolute())
+    print(f"phi3v {__version__}, {_model(arguments, llm)}", *trust, sep="\n")
     print(f"\n{url}\nthe page, and its key, end with Ctrl-C here", flush=True)
     screen = sys.platform == "darwin" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
     if arguments.no_browser or not screen:  # without a screen it would be a browser in this terminal

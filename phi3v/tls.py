@@ -115,11 +115,13 @@ def fingerprint(certfile: str | Path) -> str:
 
 
 def trust_lines(certfile: Path, everyone: bool = False) -> list[str]:
-    """What to type so that browsers trust a certificate of ours, on this system or each; [] for any other's."""
-    here = "macOS" if sys.platform == "darwin" else "Linux"
+    """What to type so that browsers trust a certificate of ours, here or on each system; [] for any other's."""
+    if not _inspect(certfile)[0]:
+        return []
+    here = "" if everyone else "macOS" if sys.platform == "darwin" else "Linux"
     shown = certfile.name if everyone else shlex.quote(str(certfile))
-    lines = [f"  {where}: {line.format(shown)}" for where, line in TRUST.items() if everyone or where.startswith(here)]
-    return lines if _inspect(certfile)[0] else []
+    title = f"so that browsers trust the certificate {'with that copy' if everyone else 'here'}, once:"
+    return [title, *(f"  {where}: {line.format(shown)}" for where, line in TRUST.items() if where.startswith(here))]
 
 
 def _make_certificate(cert: Path, key: Path, names: list[str]) -> None:
@@ -160,10 +162,9 @@ def _openssl(arguments: list[str]) -> str:
     try:
         done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=OPENSSL_TIMEOUT)
     except FileNotFoundError:
+        lacking = "the program `openssl`, which makes the TLS certificate, is not installed"
         advice = "`apt install openssl`, `dnf install openssl` or `brew install openssl` does that"
-        raise SetupError(
-            f"the program `openssl`, which makes the TLS certificate, is not installed; {advice}"
-        ) from None
+        raise SetupError(f"{lacking}; {advice}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SetupError(f"the program `openssl` does not run: {error}") from None
     if done.returncode:

@@ -160,11 +160,8 @@ class VisionModel(nn.Module):
 @cache
 def openblas() -> ctypes.CDLL | None:
     """The library, if it computes our products: __init__ has made its names global."""
-    try:
-        blas = ctypes.CDLL(None)
-        return blas if hasattr(blas, "openblas_set_num_threads") else None
-    except (OSError, TypeError):  # Windows
-        return None
+    blas = ctypes.CDLL(None)  # all that this process has opened
+    return blas if hasattr(blas, "openblas_set_num_threads") else None
 
 
 @contextmanager

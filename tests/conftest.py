@@ -11,6 +11,7 @@ import pytest  # noqa: E402
 from site_under_test import Site  # noqa: E402
 
 from phi3v import tls  # noqa: E402
+from phi3v.__main__ import main  # noqa: E402
 
 # The reference's numbers are float32's, and a GPU computes in the file's type: here it is left to the servers that the
 # end-to-end tests start.
@@ -24,6 +25,20 @@ def pair(tmp_path_factory):
     certfile, keyfile = folder / "server.crt", folder / "server.key"
     tls.ensure_certificate(certfile, keyfile)
     return certfile, keyfile
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line; its exit status, standard output and standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = main(list(arguments))
+        except SystemExit as end:  # argparse
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 class Clock:

@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     config = json.loads((plain / "config.json").read_bytes())
     config["rope_scaling"] |= {"short_factor": config["rope_scaling"]["long_factor"], "type": "su", "rope_type": "su"}
     (plain / "config.json").write_text(json.dumps(config))
-    quantize(plain, folder / "q4", 4, 64, False, lambda *_: None)
+    quantize(plain, folder / "q4", 4, 64, False)
     return {"plain": plain, "q4": folder / "q4"}
 
 
@@ -112,16 +112,19 @@ def test_the_module_takes_an_adapter_and_says_so_in_its_name(trained):
         assert llm.generate("Hello", **params) != base.generate("Hello", **params)
 
 
-def test_the_command_line_takes_an_adapter_and_tells_in_one_line_what_is_none(trained, tmp_path, capsys):
+def test_the_command_line_takes_an_adapter_and_tells_in_one_line_what_is_none(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     tiny = ["generate", "Hello", "--max-tokens", "8", "--model", str(PARITY / "tiny-gqa")]
     answers = []
     for options in ([], ["--adapter", str(trained)]):
         assert cli.main([*tiny, *options]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] != answers[1]
-    assert cli.main([*tiny, "--adapter", str(tmp_path)]) == 1
     told = "is no adapter folder: cannot read adapter_config.json: No such file or directory"
-    assert capsys.readouterr().err == f"phi3v: {tmp_path} {told}\n"
+    for command in (tiny, ["serve", "--model", str(PARITY / "tiny-gqa")]):
+        assert cli.main([*command, "--adapter", str(tmp_path)]) == 1
+        assert capsys.readouterr().err == f"phi3v: {tmp_path} {told}\n"
+    assert not list(tmp_path.iterdir())  # no certificate, no keys
 
 
 def spoil(folder: Path, **changes) -> None:
@@ -153,9 +156,9 @@ def test_what_is_no_adapter_is_told_in_one_line(trained, tmp_path, change, messa
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"model.layers.9.mlp.down_proj.lora_a": (256, 4)}, "adapts model.layers.9.mlp.down_proj, which is no linear"),
-        ({"model.embed_tokens.lora_a": (512, 4)}, "adapts model.embed_tokens, which is no linear layer"),
-        ({"lora_a": (4,)}, "which is no linear layer"),
+        ({"model.layers.9.mlp.down_proj.lora_a": (256, 4)}, "adapts model.layers.9.mlp.down_proj, no linear layer of"),
+        ({"model.embed_tokens.lora_a": (512, 4)}, "adapts model.embed_tokens, no linear layer"),
+        ({"lora_a": (4,)}, "adapts , no linear layer"),
         ({"lm_head.lora_a": (4,), "lm_head.lora_b": (4, 512)}, "has {'lora_a': (4,)"),
         ({"lm_head.lora_b": (4, 512)}, "this model takes"),
         ({"lm_head.lora_a": (128, 4), "lm_head.lora_b": (4, 513)}, "'lora_b': (4, 513)} for lm_head"),

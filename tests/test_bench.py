@@ -109,7 +109,7 @@ def test_a_terminal_is_told_what_is_under_way_and_its_line_is_cleared(times, cap
 
 def test_quantised_weights_are_named_by_their_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_rows", lambda *_: [])
-    quantize.quantize(DEMO, tmp_path / "demo-4bit", 4, 32, False, lambda *_: None)
+    quantize.quantize(DEMO, tmp_path / "demo-4bit", 4, 32, False)
     found = bench.measure(str(tmp_path / "demo-4bit"))
     assert found["model"] == "demo-4bit" and re.fullmatch("4 bits, (float32|bfloat16)", found["weights"])
 

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 
 from phi3v import __version__, tls
-from phi3v.__main__ import main
 from phi3v.keys import KeyStore
 from phi3v.terminal import say_hello
 
@@ -32,20 +31,6 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     for name in [n for n in os.environ if n.startswith("PHI3V_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PHI3V_MODEL", "demo")
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command line; its exit status, standard output and standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = main(list(arguments))
-        except SystemExit as end:  # argparse
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -25,15 +25,9 @@ FLOORS = [
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 MLX = {"language", "vision", "sampling", "sequences", "model", "engine", "quantize", "bench"}
-# Inside functions only: so that `list` needs none of it, and a path has no business with the hub.
-LAZY = {("__init__", "mlx"), ("__init__", "llm"), ("llm", "__init__"), ("__main__", "server")}
-LAZY |= {
-    ("__main__", "llm"),
-    ("__main__", "quantize"),
-    ("__main__", "bench"),
-    ("__main__", "__init__"),
-    ("__init__", "errors"),
-}
+UPWARDS = {("llm", "__init__")}  # for the version
+LIGHT = FLOORS[0] | FLOORS[1] | {"connection", "protocol", "server", "__init__", "terminal", "__main__"}
+HEAVY = set(MODULES) - LIGHT | {"server"}  # imported by those inside functions only: `list` needs none of it
 OUTSIDE = {"huggingface_hub", "mlx", "numpy", "PIL", "safetensors", "tokenizers"}
 RUNS = {
     name
@@ -64,13 +58,13 @@ def imports(module: str, anywhere: bool) -> set[str]:
 
 def test_every_module_has_a_floor():
     assert sorted(FLOOR) == MODULES
-    assert len(MODULES) <= 23
+    assert len(MODULES) <= 22
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_to_lower_floors_only(module):
     for name in imports(module, anywhere=True) & set(MODULES):
-        assert FLOOR[name] < FLOOR[module] or (module, name) in LAZY, f"{module} imports {name}"
+        assert FLOOR[name] < FLOOR[module] or (module, name) in UPWARDS, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -79,18 +73,10 @@ def test_mlx_and_other_packages_are_imported_where_they_may_be(module):
     foreign = everything - set(MODULES) - set(sys.stdlib_module_names)
     assert foreign <= OUTSIDE
     assert ("mlx" in everything) == (module in MLX or module == "__init__")
-    if module in (
-        "__init__",
-        "__main__",
-        "terminal",
-        "keys",
-        "tls",
-        "errors",
-        "request",
-        "protocol",
-        "server",
-    ):
-        assert not imports(module, anywhere=False) & (OUTSIDE | {"llm"})
+    if module in LIGHT:
+        assert not imports(module, anywhere=False) & (OUTSIDE | HEAVY)
+    assert module == "llm" or "hub" not in everything
+    assert "hub" not in imports("llm", anywhere=False)  # a path has no business with it
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -71,7 +71,9 @@ def test_a_sharded_checkpoint_is_the_same_model(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert np.array_equal(logits(model.load(folder)), expected)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert "lacks 1 of 2 weight files, first model-00002-of-00002.safetensors: copy or download" in refusal(folder)
+    assert "lacks 1 of 2 weight files, first model-00002-of-00002.safetensors: copy or download it again" in refusal(
+        folder
+    )
 
 
 def test_an_index_cannot_name_files_elsewhere(folder):
@@ -238,7 +240,7 @@ SPOILT = {
     ),
     "an index that names a shard that is not there": (
         lambda folder: index_of(folder, other="model-2.safetensors"),
-        "lacks 1 of 2 weight files, first model-2.safetensors: copy or download them",
+        "lacks 1 of 2 weight files, first model-2.safetensors: copy or download it again",
     ),
     "an index that names a tensor that is not there": (
         remove_a_norm,
@@ -252,7 +254,7 @@ SPOILT = {
         lambda folder: (
             (folder / "model.safetensors").rename(folder / "x") and (folder / "model.safetensors").symlink_to("y")
         ),
-        "lacks 1 of 1 weight files, first model.safetensors: copy or download them",
+        "lacks 1 of 1 weight files, first model.safetensors: copy or download it again",
     ),
     "a folder for a file": (replace_by_a_folder, "model.safetensors: Is a directory; copy or download it again"),
     "whole numbers for floats": (
@@ -278,10 +280,10 @@ def forbid(*_, **__) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_told(folder, monkeypatch):
-    config = model.Config.read(folder)
-    monkeypatch.setattr(Path, "open", forbid)
+    weights, opened = model.weight_files(folder), Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *r, **k: (forbid if path in weights else opened)(path, *r, **k))
     with pytest.raises(SetupError, match="safetensors: Permission denied; let its owner and mode"):
-        model.load(folder, config)
+        model.load(folder)
 
 
 def test_what_is_converted_is_never_there_twice(folder):

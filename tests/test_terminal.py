@@ -44,20 +44,6 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run a command line; its exit status, standard output and standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = main(list(arguments))
-        except SystemExit as end:  # argparse
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def stdin(monkeypatch):
     """Give these bytes to standard input."""
     return lambda given: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
@@ -123,8 +109,9 @@ def test_the_prompt_or_one_picture_comes_from_standard_input(run, stdin):
 
 def test_each_picture_gets_the_answer_it_gets_alone_and_one_that_fails_ends_nothing(run):
     Path("text.png").write_text("no picture")
-    Path("é\udcff.png").write_bytes(CIRCLE.read_bytes())  # a name that is no UTF-8
-    names = ["text.png", "none.png", *squares(5), "é\udcff.png", ".", "circle.png", "circle.png"]
+    odd = "é\udcff.png" if sys.platform == "linux" else "é.png"  # no UTF-8, where a name need not be
+    Path(odd).write_bytes(CIRCLE.read_bytes())
+    names = ["text.png", "none.png", *squares(5), odd, ".", "circle.png", "circle.png"]
     status, out, err = run("generate", QUESTION, "--each", *names)
     assert (status, err) == (1, "phi3v: 3 of 10 pictures were not answered; their lines say why\n")
     lines = {line.pop("file"): line for line in map(json.loads, out.splitlines())}
@@ -134,7 +121,7 @@ def test_each_picture_gets_the_answer_it_gets_alone_and_one_that_fails_ends_noth
     assert lines["."] == {"error": "Is a directory"} | same
     assert lines["text.png"]["error"].startswith("the picture is none of PNG, ")
     red = {"text": "A red circle.", "finish_reason": "stop"} | same
-    assert lines["circle.png"] == lines["é\udcff.png"] == red
+    assert lines["circle.png"] == lines[odd] == red
     assert lines["00.png"]["text"] + "\n" == run("generate", QUESTION, "--image", "00.png")[1]
 
 
@@ -324,7 +311,11 @@ def test_without_a_screen_or_with_no_browser_the_address_is_only_printed(
         terminal.open_page(arguments, SimpleNamespace(checkpoint="demo-1"), keys, None, 8443)
         out, err = capsys.readouterr()
         key = re.search(r"^https://localhost:8443/#key=(phi3v_\w{36})$", out, re.M)[1]
-        assert keys.verify(key).name == "chat" and "not Phi-3.5-vision" in out and tls.trust_lines(pair[0])[0] in out
+        assert (
+            keys.verify(key).name == "chat"
+            and "not Phi-3.5-vision" in out
+            and "\n".join(tls.trust_lines(pair[0])) in out
+        )
     assert len(given) == opened and ("no browser was found" in err) == bool(opened)
 
 
