@@ -4,9 +4,10 @@ Knows nothing of routes, keys or JSON. `parse` is pure and strict: bytes in, one
 readers could understand in two ways (request smuggling) is refused, and a verdict depends on the bytes alone, not on
 how they arrive: lines are judged in their order, each when it is whole, and a limit as soon as it is passed. Its
 sources: RFC 9112 (the messages), RFC 9110 (their meaning), RFC 3986 (targets).
- A deadline is for the whole of something, not for each of its bytes: who sends
-or reads a byte now and then is cut off like one who is silent. Only the connection's own thread touches it, but for
-`hang_up` and `cut`. Raises ConnectionError when there is nobody to answer, RequestError when there is.
+
+A deadline is for the whole of something, not for each of its bytes: who sends or reads a byte now and then is cut off
+like one who is silent. Only the connection's own thread touches it, but for `hang_up` and `cut`. Raises ConnectionError
+when there is nobody to answer, RequestError when there is.
 """
 
 import contextlib
