@@ -71,7 +71,7 @@ def font_file(name: str) -> Path:
     for folder in FONT_FOLDERS:
         for path in [*folder.rglob(f"{name}.ttf"), *folder.rglob(f"{name}.otf")]:
             return path
-    raise SystemExit(f"there is no font {name} in {FONT_FOLDERS[0]} or {FONT_FOLDERS[1]}: see README.md")
+    raise SystemExit(f"there is no font {name} in {FONT_FOLDERS[0]} or {FONT_FOLDERS[1]}: see demo/README.md")
 
 
 @cache

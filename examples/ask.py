@@ -25,7 +25,10 @@ def ask(question: str, pictures: list[str]) -> str:
         headers={"Content-Type": "application/json", "X-API-Key": os.environ["PHI3V_KEY"]},
     )
     # The server's own certificate is all that is trusted: no -k, no verify=False.
-    context = ssl.create_default_context(cafile=os.environ.get("PHI3V_CERT", "server.crt"))
+    certificate = os.environ.get("PHI3V_CERT", "server.crt")
+    if not os.path.exists(certificate):
+        sys.exit(f"ask.py: there is no {certificate} here: set PHI3V_CERT to the server's certificate")
+    context = ssl.create_default_context(cafile=certificate)
     with urllib.request.urlopen(request, context=context) as reply:
         return json.load(reply)["responses"][0]
 

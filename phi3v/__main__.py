@@ -61,8 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `phi3v generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (SetupError, RequestError, OSError) as error:  # OSError: a full disk, a picture that is a folder
+    except (SetupError, RequestError) as error:
         print(f"phi3v: {error}", file=sys.stderr)
+    except OSError as error:  # a full disk, a picture that is a folder
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"phi3v: {where}{error.strerror or error}", file=sys.stderr)
     return 1
 
 
@@ -240,6 +243,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phi3v", description="Phi-3-Vision on MLX: a secure server and command line.")
+    parser.epilog = "to begin, without a download: phi3v chat --model demo"
     parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
@@ -269,11 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(hello=terminal.say_hello)
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
     sub = create_ = command(create, "create", "create an API key and print it, once")
-    sub.add_argument("--name", required=True)
+    sub.add_argument("--name", required=True, help="who or what the key is for, as `phi3v list` shows it")
     sub.add_argument("--rate-limit", type=count, default=100, help="requests per minute (100)")
     sub.add_argument("--expires", type=duration, help="how long it is valid, such as 12h or 90d (for ever)")
     sub = list_ = command(list_keys, "list", "show the keys, their limits and their use; never a key itself")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
     sub = update_ = command(update, "update", "change a key's limit, name or end")
     sub.add_argument("--rate-limit", type=count, help="requests per minute")
     sub.add_argument("--name")

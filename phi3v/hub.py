@@ -43,7 +43,7 @@ def find(name: str) -> Path:
         message = _refusal(name, hub, error.response)
     except HTTPError as error:
         kept = "what has come is kept and the same command goes on from there"
-        message = f"{hub} does not answer ({type(error).__name__}): {kept}; {DEMO}"
+        message = f"{name} is not here, and {hub} does not answer ({type(error).__name__}): {kept}; {DEMO}"
     except OSError as error:
         full = error.errno == errno.ENOSPC
         advice = "make room and start again: it goes on from there" if full else "let HF_HOME name another place"

@@ -23,12 +23,15 @@ OURS = "CN=localhost,O=phi3v"  # subject and issuer of a certificate of ours: on
 OPENSSL_TIMEOUT = 30  # seconds; a P-256 key takes milliseconds
 
 # What makes a certificate of ours trusted where it is no authority's: Chromium takes it as a peer only, Firefox as an
-# authority only. The first two are what other makers of such certificates type, and were not tried.
+# authority only. Both keep what they trust in an old place if it is there, and otherwise in a new one. The first two
+# lines are what other makers of such certificates type, and were not tried.
 TRUST = {
     "macOS": "security add-trusted-cert -p ssl -k ~/Library/Keychains/login.keychain-db {}",
     "Windows": "certutil -addstore -user Root {}",
-    "Linux, Chromium and Chrome": "certutil -d sql:$HOME/.pki/nssdb -A -t P,, -n phi3v -i {}",
-    "Linux, Firefox": "for p in ~/.mozilla/firefox/*.default*; do certutil -d sql:$p -A -t C,, -n phi3v -i {}; done",
+    "Linux, Chromium and Chrome": "p=~/.pki/nssdb; if [ ! -d $p ]; then p=~/.local/share/pki/nssdb; fi; mkdir -p $p; "
+    "certutil -d sql:$p -A -t P,, -n phi3v -i {}",
+    "Linux, Firefox": "for p in $(find ~/.mozilla ~/.config/mozilla ~/snap/firefox -name cert9.db -printf '%h\\n' "
+    "2>/dev/null); do certutil -d sql:$p -A -t C,, -n phi3v -i {}; done",
 }
 
 CONFIG = """

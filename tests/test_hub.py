@@ -304,7 +304,7 @@ def test_a_hub_that_goes_silent_or_away_is_told(site, monkeypatch):
     assert f"{site.url} does not answer (ReadTimeout): what has come is kept" in refusal()
     site.silent.set()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 does not answer (ConnectError)" in refusal()
+    assert "is not here, and http://127.0.0.1:9 does not answer (ConnectError)" in refusal()
 
 
 def test_a_file_that_ends_early_and_brings_nothing_more_ends_the_download(site, monkeypatch):

@@ -107,6 +107,11 @@ def test_the_prompt_or_one_picture_comes_from_standard_input(run, stdin):
     assert run("generate", "-") == (1, "", "phi3v: the prompt is empty\n")
 
 
+def test_a_folder_for_a_file_is_named_as_it_was_given(run):
+    assert run("generate", QUESTION, "--image", ".") == (1, "", "phi3v: .: Is a directory\n")
+    assert run("generate", QUESTION, "--each", "circle.png", "--out", ".") == (1, "", "phi3v: .: Is a directory\n")
+
+
 def test_each_picture_gets_the_answer_it_gets_alone_and_one_that_fails_ends_nothing(run):
     Path("text.png").write_text("no picture")
     odd = "é\udcff.png" if sys.platform == "linux" else "é.png"  # no UTF-8, where a name need not be

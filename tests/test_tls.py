@@ -334,3 +334,29 @@ def test_without_the_openssl_program_or_a_folder_there_is_one_line_and_no_pair(f
 def test_the_fingerprint_is_the_sha256_of_the_certificate(pair):
     der = ssl.PEM_cert_to_DER_cert(pair[0].read_text())
     assert tls.fingerprint(pair[0]).replace(":", "").lower() == hashlib.sha256(der).hexdigest()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the lines for Linux")
+@pytest.mark.parametrize(
+    "there, stores",
+    [
+        ((), [".local/share/pki/nssdb"]),  # a new account; Firefox has not run yet
+        ((".pki/nssdb", ".mozilla/firefox/a.default"), [".pki/nssdb", ".mozilla/firefox/a.default"]),
+        ((".config/mozilla/firefox/b.default",), [".local/share/pki/nssdb", ".config/mozilla/firefox/b.default"]),
+    ],
+)
+def test_the_lines_for_linux_find_the_browsers_stores_in_their_old_and_their_new_places(tmp_path, there, stores):
+    home, program = tmp_path / "home", tmp_path / "certutil"
+    home.mkdir()
+    for folder in there:
+        (home / folder).mkdir(parents=True)
+        (home / folder / "cert9.db").touch()
+    program.write_text('#!/bin/sh\nfolder=${2#sql:}; [ -d "$folder" ] && echo "$folder" "$@"\n')
+    program.chmod(0o755)
+    environment = {"HOME": str(home), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    lines = [line.format("server.crt") for system, line in tls.TRUST.items() if system.startswith("Linux")]
+    out = subprocess.check_output("\n".join(lines), shell=True, text=True, env=environment)
+    flags = ["C,," if "mozilla" in store else "P,," for store in stores]
+    assert out.splitlines() == [
+        f"{home}/{s} -d sql:{home}/{s} -A -t {f} -n phi3v -i server.crt" for s, f in zip(stores, flags, strict=True)
+    ]

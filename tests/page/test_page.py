@@ -120,6 +120,9 @@ def test_what_is_no_picture_is_said_to_be_none(demo, open_page, tmp_path):
     words = "This browser cannot read IMG_1.heic as a picture: save it as JPEG or PNG."
     expect(page.get_by_role("alert")).to_have_text(words)
     expect(page.locator("img")).to_have_count(0)
+    drop(page, CIRCLE, "image/png")
+    expect(page.locator("img")).to_have_count(1)
+    expect(page.get_by_role("alert")).to_be_hidden()  # it was about the one before
 
 
 def test_a_photograph_of_12_megapixels_is_turned_upright_made_smaller_and_answered(demo, open_page, tmp_path):
