@@ -1,6 +1,7 @@
 """A hub id becomes a folder: whole, cut, refused, damaged and hostile downloads from a hub of our own on loopback."""
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +267,7 @@ REFUSALS = {
         {"body": b"<html>Log in to the hotel's network"},
         r"does not answer as the hub does \(JSONDecodeError\)",
     ),
+    "nothing but brackets": ({"body": b"[" * 200_000}, r"does not answer as the hub does \(RecursionError\)"),
     "a list": ({"body": b"[]"}, r"does not answer as the hub does .* is HF_ENDPOINT right\?"),
     "no sizes": ({"info": {"siblings": [{"rfilename": file} for file in NEEDED]}}, r"does not answer as the hub does"),
     "a path for a commit": ({"info": {"sha": "../../../../tmp"}}, r"does not answer as the hub does"),
@@ -392,6 +396,37 @@ def test_what_is_a_path_has_no_business_with_the_hub(tmp_path):
     script = "import sys, phi3v; phi3v.load('owner/phi').close(); sys.exit('huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"HF_ENDPOINT": "http://["})
     assert done.returncode == 0 and folder.exists()
+
+
+def test_what_comes_packed_is_not_unpacked(site, monkeypatch):
+    packed, usual = gzip.compress(bytes(100_000_000)), Handler.send_file
+
+    def send_file(handler, file):
+        if file != WEIGHTS:
+            return usual(handler, file)
+        handler.answer(200, packed, **{"Content-Encoding": "gzip"})
+
+    monkeypatch.setattr(Handler, "send_file", send_file)
+    tracemalloc.start()
+    refusal()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(packed) < peak < 20_000_000 and max((part.stat().st_size for part in parts(site)), default=0) < 200_000
+
+
+def test_a_refusal_is_not_read_to_its_end(site, monkeypatch):
+    sent = []
+
+    def send_file(handler, file):
+        handler.send_response(403)
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(100):
+                handler.wfile.write(bytes(1_000_000))
+                sent.append(1)
+
+    monkeypatch.setattr(Handler, "send_file", send_file)
+    assert "granted access" in refusal() and len(sent) < 50  # what fits between the two sides, some 6 of them
 
 
 class Terminal:
