@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `phi3v generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (SetupError, RequestError, OSError) as error:  # OSError: a full disk, a picture that is a folder
-        print(f"phi3v: {error}", file=sys.stderr)
+        print(f"phi3v: {terminal.visible(str(error))}", file=sys.stderr)
     return 1
 
 
