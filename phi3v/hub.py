@@ -167,7 +167,7 @@ def _append(url: str, file, have: int, size: int, advance: Callable[[int], None]
             file.truncate(0)
             advance(-have)
             have = 0
-        for chunk in response.iter_raw():  # as they come, and never unpacked: a few bytes could be gigabytes
+        for chunk in response.iter_bytes():  # as they come: what waits for a whole piece is lost by a cut
             have += file.write(chunk)
             advance(len(chunk))
             if have >= size:
