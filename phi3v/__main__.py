@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `phi3v generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (SetupError, RequestError) as error:
-        print(f"phi3v: {error}", file=sys.stderr)
+        print(f"phi3v: {terminal.visible(str(error))}", file=sys.stderr)
     except OSError as error:  # a full disk, a picture that is a folder
         where = f"{error.filename}: " if error.filename else ""
-        print(f"phi3v: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"phi3v: {terminal.visible(f'{where}{error.strerror or error}')}", file=sys.stderr)
     return 1
 
 

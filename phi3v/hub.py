@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_session, hf_raise_for_status
+from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # HTTPError: httpx's, or httpx2's
 from huggingface_hub.utils import build_hf_headers
 
@@ -48,7 +48,7 @@ def find(name: str) -> Path:
         full = error.errno == errno.ENOSPC
         advice = "make room and start again: it goes on from there" if full else "let HF_HOME name another place"
         message = f"cannot write {name} into {root.parent}: {error.strerror or error}; {advice}"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         message = f"{hub} does not answer as the hub does ({type(error).__name__}): is HF_ENDPOINT right? {DEMO}"
     raise SetupError(message)
 
@@ -157,7 +157,8 @@ def _append(url: str, file, have: int, size: int, advance: Callable[[int], None]
     headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-        hf_raise_for_status(response)
+        if response.is_error:  # its body is not looked at: it could have no end
+            raise HfHubHTTPError("refused", response=response)
         if response.status_code == 200 and have:  # all of it comes again
             file.truncate(0)
             advance(-have)

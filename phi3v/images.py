@@ -37,6 +37,7 @@ MAX_JPEG_PIXELS = 64_000_000  # phones make 48-megapixel JPEGs, which libjpeg sc
 MAX_SAMPLES = 96_000_000  # of a progressive JPEG, which are kept at 2 bytes each: 64 megapixels in 4:2:0
 MAX_SCANS = 16  # of such a JPEG, 64 of a smaller one; 10 are usual, and each goes over the whole picture
 MAX_READS = 30_000  # of a file: a million small parts take seconds, the largest PNG in parts of 8 KB is 25,000
+MAX_FILE = 256_000_000  # bytes: twice a TIFF of the most pixels; /dev/zero has no end
 MAX_EXIF = 500_000  # bytes, of which a JPEG holds 65,536 in one piece
 HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}  # ISO 23008-12, AVIF
 SIPS_TIMEOUT = 30  # seconds; a phone's photograph takes one
@@ -193,7 +194,10 @@ def _heif(source: bytes) -> str | None:
 
 def _read(path: Path, param: str) -> bytes:
     """A file's bytes; on macOS those of a JPEG if it is a HEIC or AVIF."""
-    source = path.read_bytes()
+    with path.open("rb") as file:
+        source = file.read(MAX_FILE + 1)
+    if len(source) > MAX_FILE:
+        raise RequestError(f"{param}: the file has over {MAX_FILE:,} bytes", param)
     if sys.platform != "darwin" or not _heif(source):
         return source
     with tempfile.TemporaryDirectory() as folder:

@@ -31,6 +31,7 @@ UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encod
 # Rows from which a CPU multiplies faster with dequantised weights: with OpenBLAS, and without (crossovers measured with
 # Phi-3's and CLIP's widths: 3 to 6 rows and 8 to 32). Bits that do not divide 32 take three times as long to unpack.
 ROWS, ROWS_SLOW, UNEVEN = 8, 32, 3
+MAX_LAYERS = 1000  # each is made before a weight is read; Phi-3-vision has 32 and 24
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX's affine quantisation has
 AGAIN = "copy or download it again"
 
@@ -104,9 +105,10 @@ class Config:
     def _check(self, path: Path, rope_type: str, raw: dict) -> None:
         for part in (self, self.vision):
             for field in [f for f in fields(part) if f.type in (int, float) and f.name != "layer_idx"]:
-                value = getattr(part, field.name)
-                if type(value) not in (int, field.type) or not 0 < value < math.inf:
-                    raise SetupError(f"{path}: {field.name} is {value!r}, not a number above 0")
+                value, most = getattr(part, field.name), MAX_LAYERS if "layers" in field.name else math.inf
+                if type(value) not in (int, field.type) or not 0 < value < most:
+                    above = f" and below {most}" if most < math.inf else ""
+                    raise SetupError(f"{path}: {field.name} is {value!r}, not a number above 0{above}")
             if part.hidden_size % part.num_attention_heads:
                 raise SetupError(f"{path}: hidden_size {part.hidden_size} is no multiple of num_attention_heads")
         supported = {

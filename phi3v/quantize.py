@@ -44,6 +44,9 @@ def quantize(source: Path, out: Path, bits: int, group_size: int, vision: bool) 
         raise SetupError(f"{out} is there already: name a folder that is not, or that is empty")
     Tokenizer(source)
     load(source, lazy=True)  # says what is wrong with it
+    for path in _beside(source):
+        if path.resolve().parent not in (source.resolve(), source.resolve().parent.parent / "blobs"):  # the hub's cache
+            raise SetupError(f"{path} leads out of its folder, and would be copied: put the file itself there")
     plan, after, before = {}, 0, 0  # of each tensor, whether it is quantised
     for path in weight_files(source):
         for name, array in read(path).items():
@@ -120,13 +123,17 @@ def _write(folder: Path, shards: Iterator[dict], total: int) -> None:
 
 def _describe(source: Path, folder: Path, quantization: dict, plan: dict) -> None:
     """config.json, with the layers that had no fitting width, and all files beside the weights."""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in COPIED and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for path in _beside(source):
+        shutil.copyfile(path, folder / path.name)
     config = json.loads((source / "config.json").read_bytes())
     quantization |= {name.removesuffix(".weight"): False for name, fits in plan.items() if fits is False}
     config |= {"quantization": quantization, "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _beside(source: Path) -> list[Path]:
+    """What is copied; not hidden files, in which people keep tokens."""
+    return [p for p in source.glob("[!.]*") if p.is_file() and p.suffix in COPIED and not p.match("*.index.json")]
 
 
 def agreement(source: Path, out: Path) -> tuple[int, int]:

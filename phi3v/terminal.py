@@ -7,6 +7,7 @@ import argparse
 import base64
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -45,9 +46,15 @@ def generate(arguments: argparse.Namespace) -> None:
             _each(llm, prompt, params, arguments.each, arguments.out)
             return
         llm.wait()
-        show = (lambda _: None) if arguments.json else (lambda piece: print(piece, end="", flush=True))
+        shown = visible if sys.stdout and sys.stdout.isatty() else str  # a program gets what was said
+        show = (lambda _: None) if arguments.json else (lambda piece: print(shown(piece), end="", flush=True))
         answer = _ask(llm, prompt, pictures, params, show)
-        print(json.dumps(answer, ensure_ascii=False) if arguments.json else "")
+        print(visible(json.dumps(answer, ensure_ascii=False)) if arguments.json else "")
+
+
+def visible(text: str) -> str:
+    """Control characters as JSON writes them: a stranger's text must not steer the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _progress(text: str) -> None:
@@ -88,7 +95,7 @@ def _each(llm, prompt: str, params: SamplingParams, files: list[str], out: str |
         for done, answer in enumerate(answers, 1):
             failed += "error" in answer
             _progress("")
-            print(json.dumps(answer | same, ensure_ascii=False), file=lines, flush=True)
+            print(visible(json.dumps(answer | same, ensure_ascii=False)), file=lines, flush=True)
             rate = done / (time.monotonic() - began)
             minutes, seconds = divmod(round((len(files) - done) / rate), 60)
             _progress(f"{done} of {len(files)} · {rate:.1f} pictures/s · {minutes}:{seconds:02} left · {failed} failed")
@@ -102,6 +109,8 @@ def _answers(llm, prompt: str, params: SamplingParams, files: Iterable[str]) -> 
 
     def answer(file: str) -> dict:
         try:
+            if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+                raise RequestError("it is no file")  # a pipe that nobody writes would never end
             reply = _ask(llm, prompt, [Picture(Path(file), file)], params, bool)
             return {"file": file, "text": reply["text"], "finish_reason": reply["finish_reason"]}
         except RequestError as error:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +270,7 @@ REFUSALS = {
         {"body": b"<html>Log in to the hotel's network"},
         r"does not answer as the hub does \(JSONDecodeError\)",
     ),
+    "nothing but brackets": ({"body": b"[" * 200_000}, r"does not answer as the hub does \(RecursionError\)"),
     "a list": ({"body": b"[]"}, r"does not answer as the hub does .* is HF_ENDPOINT right\?"),
     "no sizes": ({"info": {"siblings": [{"rfilename": file} for file in NEEDED]}}, r"does not answer as the hub does"),
     "a path for a commit": ({"info": {"sha": "../../../../tmp"}}, r"does not answer as the hub does"),
@@ -396,6 +398,21 @@ def test_what_is_a_path_has_no_business_with_the_hub(tmp_path):
     script = "import sys, phi3v; phi3v.load('owner/phi').close(); sys.exit('huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"HF_ENDPOINT": "http://["})
     assert done.returncode == 0 and folder.exists()
+
+
+def test_a_refusal_is_not_read_to_its_end(site, monkeypatch):
+    sent = []
+
+    def send_file(handler, file):
+        handler.send_response(403)
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(100):
+                handler.wfile.write(bytes(1_000_000))
+                sent.append(1)
+
+    monkeypatch.setattr(Handler, "send_file", send_file)
+    assert "granted access" in refusal() and len(sent) < 50  # what fits between the two sides, some 6 of them
 
 
 class Terminal:

@@ -136,6 +136,7 @@ def test_a_header_that_points_elsewhere_is_refused(folder, offsets):
         ({"img_processor": None}, "not a Phi-3-vision configuration"),
         ({"num_attention_heads": "four"}, "not a Phi-3-vision configuration"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers is 'many', not a number above 0"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000, not a number above 0 and below 1000"),
         ({"max_position_embeddings": True}, "max_position_embeddings is True"),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),

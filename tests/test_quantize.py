@@ -212,3 +212,23 @@ def test_without_openblas_the_library_is_not_found_and_with_it_it_is(monkeypatch
     library = SimpleNamespace(**names)
     monkeypatch.setattr(vision.ctypes, "CDLL", lambda _: library)
     assert vision.openblas.__wrapped__() == (library if found else None)  # what it has found already stays
+
+
+def test_nothing_is_copied_that_lies_outside_the_folder_or_is_hidden_in_it(tmp_path):
+    source = Path(shutil.copytree(PARITY / "tiny-gqa", tmp_path / "source"))
+    (tmp_path / "id_rsa").write_text("secret")
+    (source / ".env").write_text("secret")
+    (source / "NOTICE").symlink_to("../id_rsa")
+    with pytest.raises(SetupError, match=r"NOTICE leads out of its folder, and would be copied: put the file itself"):
+        convert(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["id_rsa", "source"]
+    (source / "NOTICE").unlink()
+    cached = tmp_path / "models--owner--phi" / "snapshots" / "0123"  # whose files are links, to those beside it
+    shutil.copytree(source, tmp_path / "models--owner--phi" / "blobs")
+    cached.mkdir(parents=True)
+    for path in source.iterdir():
+        (cached / path.name).symlink_to(f"../../blobs/{path.name}")
+    for each, out in ((source, tmp_path / "a"), (cached, tmp_path / "b")):
+        convert(each, out)
+        names = {path.name for path in out.iterdir()}
+        assert "tokenizer.json" in names and ".env" not in names

@@ -247,6 +247,30 @@ def test_whoever_reads_only_the_beginning_gets_no_traceback():
     assert json.loads(line)["file"].endswith(".png") and (status, done.stderr) == ("1", "")
 
 
+def test_what_a_stranger_wrote_does_not_steer_the_terminal(run, monkeypatch, capsys):
+    said = "\x1b]52;c;aGk=\x07a\u009b2J\r\té\n"
+    monkeypatch.setattr(terminal, "_ask", lambda llm, prompt, pictures, params, show: show(said) or {"text": said})
+    assert run("generate", "Hi")[1] == said + "\n"  # a program gets what was said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("generate", "Hi")[1] == r"\u001b]52;c;aGk=\u0007a\u009b2J\u000d" + "\té\n\n"
+    out = run("generate", "Hi", "--json")[1]
+    assert json.loads(out) == {"text": said} and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
+    assert run("generate", "Hi", "--image", "\x1b[2J")[2] == "phi3v: there is no picture \\u001b[2J\n"
+
+
+def test_what_is_no_file_or_has_no_end_costs_its_own_line_only(run, monkeypatch):
+    os.mkfifo("pipe.png")
+    Path("endless.png").symlink_to("/dev/zero")
+    with open("large.png", "wb") as large:
+        large.truncate(256_000_001)
+    status, out, _ = run("generate", QUESTION, "--each", "pipe.png", "endless.png", "large.png", "circle.png")
+    lines = {line["file"]: line.get("text") or line["error"] for line in map(json.loads, out.splitlines())}
+    none = "it is no file"
+    large = "the file has over 256,000,000 bytes"
+    assert status == 1
+    assert lines == {"pipe.png": none, "endless.png": none, "large.png": large, "circle.png": "A red circle."}
+
+
 BROWSER = """#!/bin/sh
 echo "$@" > {folder}/given
 cp -p "${{1#file://}}" {folder}/page.html

@@ -292,6 +292,32 @@ def test_markup_in_an_answer_is_text_makes_no_request_and_runs_nothing(site, ope
     assert page.evaluate("typeof hacked") == "undefined"
 
 
+@pytest.mark.parametrize("piece", ["- ", "`a` ", "- `a`", "* ```"])
+def test_no_answer_is_too_much_for_the_page(site, open_page, piece):
+    said = piece * 50_000 + "end"
+    site.llm._pieces = lambda _: iter([Delta(0, said, "stop", 5, 9)])
+    page = open_page(at(site))
+    answer = ask(page, "Go on")
+    expect(answer.locator(".facts")).to_be_visible(timeout=60_000)
+    expect(text_of(answer)).to_have_text(re.compile("end$"))
+
+
+def test_a_link_with_another_key_does_not_take_the_place_of_a_persons_own_unasked(site, open_page):
+    page, asked = open_page(at(site)), []
+    _, other = site.keys.create("other", 1000)
+    for accept, used in ((False, site.secret), (True, other)):
+        answer = "accept" if accept else "dismiss"
+        page.once("dialog", lambda dialog, answer=answer: asked.append(dialog.message) or getattr(dialog, answer)())
+        page.goto("about:blank")
+        page.goto(f"https://localhost:{site.port}/#key={other}")
+        assert page.evaluate("[key, sessionStorage.getItem('key'), location.hash]") == [used, used, ""]
+    assert asked == ["This link brings another API key. Use it instead of yours?"] * 2
+    page.goto("about:blank")
+    page.goto(f"https://localhost:{site.port}/#key={other}%0A%C3%A9")  # the same, and what no header takes
+    assert len(asked) == 2
+    expect(text_of(ask(page, "abc"))).to_have_text("cba")
+
+
 def test_everything_can_be_done_with_the_keyboard_alone(demo, open_page):
     page = open_page(demo.url)
     page.keyboard.type(demo.key)
