@@ -103,7 +103,10 @@ class Client:
 
     def reply(self, body: bool = True) -> Reply:
         status, headers = int(self.file.readline().split()[1]), parse_headers(self.file)
-        return Reply(status, headers, self.file.read(int(headers.get("Content-Length", 0))) if body else b"")
+        data, length = b"", int(headers.get("Content-Length", 0)) if body else 0
+        while len(data) < length and (more := self.file.read(length - len(data))):  # a TLS record at a time
+            data += more
+        return Reply(status, headers, data)
 
     def ended(self) -> bool:
         """Whether the server ends the connection in order too; any byte that it said more raises."""
