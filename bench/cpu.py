@@ -120,6 +120,7 @@ def main() -> None:
     from compare import machine
 
     about = machine()
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"cpu-{'-'.join(about['device'].lower().split())}.json"
     with tempfile.TemporaryDirectory() as made:
         for size in options.size:
