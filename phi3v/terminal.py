@@ -186,7 +186,8 @@ def say_hello(arguments: argparse.Namespace, llm, keys, log_file: Path | None, p
     body = json.dumps({"prompt": QUESTION, "images": [base64.b64encode(EXAMPLE.read_bytes()).decode()]})
     curl = f"curl --cacert {shlex.quote(str(certificate))} https://{here}:{port}/v1/completions"
     headers = f"-H 'Content-Type: application/json' -H 'X-API-Key: {secret}'"
-    print(*lines, f"\ntry it:\n{curl} {headers} -d '{body}'\n", sep="\n", flush=True)
+    lines += ["\ntry it, with a browser at that address or here:", f"{curl} {headers} -d '{body}'\n"]
+    print(*lines, sep="\n", flush=True)
 
 
 def _model(arguments: argparse.Namespace, llm) -> str:
