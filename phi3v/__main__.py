@@ -77,10 +77,13 @@ def serve(arguments: argparse.Namespace) -> None:
         raise SetupError("--host is empty: 127.0.0.1 is this machine only, 0.0.0.0 the whole network")
     names = "max_batch", "max_queue", "max_context", "cache_bytes", "idle_unload"
     limits = {name: getattr(arguments, name) for name in names}
+    group = _join(arguments) if arguments.tensor_parallel else None
     signals: queue.SimpleQueue = queue.SimpleQueue()  # the only one whose put may interrupt its own get
     _catch(signals, signal.SIGHUP)  # also while a model loads, or it would end us
     # First the model: what is none must leave no files behind.
-    with open_llm(arguments.model, adapter=arguments.adapter, **limits) as llm:
+    with open_llm(arguments.model, adapter=arguments.adapter, group=group, **limits) as llm:
+        if group and group.rank:
+            return _follow(llm)
         log_file = _start_log(arguments)
         notices = tls.ensure_certificate(arguments.certfile, arguments.keyfile, arguments.host, *arguments.allowed_host)
         context = tls.server_context(arguments.certfile, arguments.keyfile)
@@ -90,6 +93,7 @@ def serve(arguments: argparse.Namespace) -> None:
         with closing(KeyStore(arguments.db)) as keys:
             server = Server(addresses, context, llm, keys)
             server.hosts = {*tls.host_names(arguments.host), *arguments.allowed_host}
+            server.awaited = group.awaited if group else ()
             for name in ("origins", "max_content_length", "max_chat_content_length", "max_tokens", "max_connections"):
                 setattr(server, name, getattr(arguments, name))
             for notice in notices:
@@ -99,10 +103,36 @@ def serve(arguments: argparse.Namespace) -> None:
             _catch(signals, *ENDS)
             arguments.hello(arguments, llm, keys, log_file, server.server_address[1])
             _watch(arguments, server, llm, signals)
-            log.warning("finishing the running requests; a second Ctrl-C ends at once")
+            if llm.status != "failed":
+                log.warning("finishing the running requests; a second Ctrl-C ends at once")
             server.stop()
             if llm.status == "failed":  # a supervisor starts it again
-                raise SetupError(f"the engine has failed, the reason is in {log_file or 'what is above'}")
+                reason = f"the engine has failed, the reason is in {log_file or 'what is above'}"
+                raise SetupError(group.lost if group and group.lost else reason)
+
+
+def _join(arguments: argparse.Namespace):
+    """The ranks that run the model together, of which this process is one."""
+    from . import need_mlx
+
+    need_mlx()
+    from .parallel import Group
+
+    for option in ("adapter", "idle_unload"):
+        if getattr(arguments, option):
+            raise SetupError(f"--tensor-parallel does not go with --{option.replace('_', '-')}")
+    return Group(arguments.tensor_parallel)
+
+
+def _follow(llm) -> None:
+    """Compute what rank 0 says until it ends."""
+    llm.wait()
+    for number in ENDS:  # Ctrl-C reaches all ranks, and rank 0 answers its requests first
+        signal.signal(number, signal.SIG_IGN)
+    while llm.status == "ok":
+        time.sleep(WATCH)
+    if llm.status == "failed":
+        llm.wait()
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -270,6 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     _option(sub, "--max-context", "auto", type=auto_count, help="the most tokens of prompt and answer")
     _option(sub, "--cache-bytes", "auto", type=auto_size, help="memory to keep read prompts and pictures in")
     _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work, as 10m")
+    text = "this process is one of the ranks that mlx.launch starts; they meet at this port of rank 0's (32322)"
+    sub.add_argument("--tensor-parallel", type=int, nargs="?", const=32322, metavar="PORT", help=text)
     sub.set_defaults(hello=terminal.say_hello)
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
     sub = create_ = command(create, "create", "create an API key and print it, once")

@@ -23,6 +23,7 @@ from .errors import RequestError, SetupError, Unavailable
 from .images import TOKENS, Crops
 from .language import KVCache, Part
 from .model import Config, Phi3V
+from .parallel import Group
 from .sequences import Batch, Cache, Generation, Prompt, Sequence, shared_length
 
 # The one lock that serializes MLX: held around every load and turn, by every engine of this process.
@@ -61,18 +62,21 @@ def token_bytes(config: Config, itemsize: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
 
 
-def room_for(config: Config, weights: int, itemsize: int, memory: int, kept: int | None = None) -> tuple[int, int]:
+def room_for(
+    config: Config, weights: int, itemsize: int, memory: int, kept: int | None = None, ranks: int = 1
+) -> tuple[int, int]:
     """What `memory` bytes have room for beside the weights: bytes that are kept, and tokens of all KV caches."""
     free = max(0, memory - weights)
     kept = int(free * KEPT) if kept is None else kept
-    return kept, max(LEAST_CONTEXT, (free - kept) // token_bytes(config, itemsize))
+    return kept, max(LEAST_CONTEXT, (free - kept) * ranks // token_bytes(config, itemsize))
 
 
 class Engine:
     """Runs the model that `load()` returns; `load` is called on the engine's thread, again after `idle_unload`.
 
     None for a limit is what this machine's memory allows; `limits` has the numbers once the model is loaded.
-    `cache_bytes` 0 keeps no prefixes. After `idle_unload` seconds without work the model is freed; 0 keeps it.
+    `cache_bytes` 0 keeps no prefixes. After `idle_unload` seconds without work the model is freed; 0 keeps it. In a
+    `group` of ranks rank 0 tells the others its turns, and all take the same: nothing else may decide what a turn does.
     """
 
     def __init__(
@@ -83,10 +87,11 @@ class Engine:
         max_context: int | None = None,
         cache_bytes: int | None = None,
         idle_unload: float = 0,
+        group: Group | None = None,
     ):
         if max_queue < LEAST_QUEUE:
             raise SetupError(f"--max-queue must be at least {LEAST_QUEUE}, not {max_queue}")
-        self._load, self._idle_unload = load, idle_unload
+        self._load, self._idle_unload, self._group = load, idle_unload, group
         self.limits = {"batch": max_batch, "queue": max_queue, "context": max_context, "cache_bytes": cache_bytes}
         self._changed = threading.Condition()  # guards these three; never held during a pass, or nobody could submit
         self._arrived: list[Sequence] = []
@@ -99,6 +104,8 @@ class Engine:
         # By rope regime, of which a pass over a cache has one, and by length: all rows take the room of the longest.
         self._batches: dict[tuple[bool, int], Batch] = {}
         self._flight = _Flight()
+        self._cancelled: list[Sequence] = []  # of this turn
+        self._delivered: list[int] = []  # the tokens of the last
         self._tokens = 0
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -165,27 +172,45 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        if self._group:
+            self._group.patient = False
+        if not (self._group and self._group.lost):  # or it waits for the lost rank for ever
+            self._thread.join()
         atexit.unregister(self.close)
 
     def _run(self) -> None:
         try:
+            if self._group:
+                self._group.meet(self._lose)
             self._load_model()
             self._ready.set()
             while self._receive():
                 self._turn()
+            if self._group:
+                self._group.end()
         except BaseException as error:
-            if self._ready.is_set():
+            if self._group:
+                self._group.abandon()
+            if self._ready.is_set() and not self._failure:
                 log.critical("the engine has failed", exc_info=True)
-            self._failure = error.with_traceback(None)  # whose frames hold the model
-        with self._changed:
-            self._closing = True  # nothing can be submitted after this
-        for s in list(self._alive):
-            self._put(s, self._failure or Unavailable("the model is shutting down"))
-        self._ready.set()
+            self._failure = self._failure or error.with_traceback(None)  # whose frames hold the model
+        self._refuse_all(self._failure or Unavailable("the model is shutting down"))
         self._waiting, self._reading, self._batches, self._model = [], [], {}, None
         self._clear()
         mx.clear_streams()  # with CUDA, MLX's own threads would abort the process at its end (MLX issue 4506)
+
+    def _lose(self) -> None:
+        """A rank is lost: tell everybody now, since the engine's own thread may wait for it without end."""
+        self._failure = SetupError(self._group.lost)
+        self._group.abandon()
+        self._refuse_all(Unavailable(self._group.lost))
+
+    def _refuse_all(self, error: BaseException) -> None:
+        with self._changed:
+            self._closing = True  # nothing can be submitted after this
+        for s in list(self._alive):
+            self._put(s, error)
+        self._ready.set()
 
     def _load_model(self) -> None:
         """Load, and fill in the limits that were left open: from this machine's memory and the model's size."""
@@ -194,9 +219,11 @@ class Engine:
             memory, share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), SHARE
             if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
                 memory, share = int(mx.device_info()["total_memory"]), SHARE_OF_GPU
+            memory = self._group.least(memory) if self._group else memory
             weights = sum(array.nbytes for _, array in nn.utils.tree_flatten(model.parameters()))
             itemsize, kept = model.model.norm.weight.itemsize, limits["cache_bytes"]
-            limits["cache_bytes"], self._room = room_for(model.config, weights, itemsize, int(memory * share), kept)
+            sizes = weights, itemsize, int(memory * share), kept, self._group.size if self._group else 1
+            limits["cache_bytes"], self._room = room_for(model.config, *sizes)
             limits["context"] = min(limits["context"] or self._room, self._room, model.config.max_position_embeddings)
             limits["batch"] = limits["batch"] or max(1, min(MAX_BATCH, self._room // 1024))
             self._cache.most = limits["cache_bytes"]
@@ -205,6 +232,8 @@ class Engine:
 
     def _receive(self) -> bool:
         """Take what was submitted, sleeping while there is nothing to do; False when the engine is to end."""
+        if self._group and self._group.rank:
+            return self._follow()
         with self._changed:
             if not (self._waiting or self._reading or self._batches or self._flight.arrays):
                 patience = self._idle_unload if self._model else 0
@@ -212,9 +241,26 @@ class Engine:
                     self._model = None
                     self._clear()
                     self._changed.wait_for(lambda: self._arrived or self._closing)
-            self._waiting += self._arrived
-            self._arrived = []
-            return not self._closing
+            self._cancelled = [s for s in self._alive if s.generation.cancelled[s.index]]
+            arrived, self._arrived = self._arrived, []
+            self._waiting += arrived
+            if self._closing:
+                return False
+        if self._group:
+            self._group.tell(arrived, self._cancelled, self._delivered)
+        return True
+
+    def _follow(self) -> bool:
+        """Take what rank 0 has."""
+        if not (told := self._group.hear()):
+            return False
+        arrived, cancelled, delivered = told
+        if delivered != self._delivered:
+            raise SetupError("this rank makes other tokens than rank 0: all need the same model, machine and versions")
+        self._alive.update(arrived)
+        self._waiting += arrived
+        self._cancelled = [s for s in self._alive if s.number in cancelled]
+        return True
 
     def _turn(self) -> None:
         """Launch a pass for whoever can go on, then look at the tokens of the one before."""
@@ -228,14 +274,15 @@ class Engine:
                 self._deliver(last)
                 self._look()
             except Exception as error:
+                if self._group:
+                    raise  # one rank alone cannot go back
                 log.exception("a pass failed")
                 self._retry(error.with_traceback(None))  # its frames would keep the arrays as long as a client has it
 
     def _sweep(self) -> None:
         """Take out who has ended, was cancelled, has asked for its last token or outgrows the regime of its batch."""
-        for s in list(self._alive):
-            if s.generation.cancelled[s.index]:
-                self._put(s, (s.index, None, "cancelled"))
+        for s in self._cancelled:
+            self._put(s, (s.index, None, "cancelled"))
         self._waiting = [s for s in self._waiting if not s.done]
         self._reading = [s for s in self._reading if not s.done]
         for key, batch in list(self._batches.items()):
@@ -418,9 +465,11 @@ class Engine:
         for s in flight.scored:
             s.generation.scores[s.index] = s.score.item()
             self._put(s, (s.index, None, "stop"))
+        self._delivered = []
         for s, token in zip(flight.sequences, flight.tokens.tolist() if flight.sequences else [], strict=True):
             if not s or s.done:
                 continue
+            self._delivered.append(token)
             s.flying -= 1
             if token in s.prompt.end_ids:
                 self._put(s, (s.index, None, "stop"))

@@ -210,9 +210,10 @@ def _decode_attention(
 
 
 class Attention(nn.Module):
-    def __init__(self, config, rope: Rope):
+    def __init__(self, config, rope: Rope, ranks: int):
         super().__init__()
-        self._heads, self._kv_heads, self._dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads = config.num_attention_heads, config.num_key_value_heads
+        self._heads, self._kv_heads, self._dim = heads[0] // ranks, heads[1] // ranks, config.head_dim
         rows = (self._heads + 2 * self._kv_heads) * self._dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.o_proj = nn.Linear(self._heads * self._dim, config.hidden_size, bias=False)
@@ -240,10 +241,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, ranks: int):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width = config.intermediate_size // ranks
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(_swiglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
@@ -255,26 +257,30 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config, rope: Rope):
+    """With a group each rank has its share of the heads and of the MLP, and `sum` adds up what they make."""
+
+    def __init__(self, config, rope: Rope, group=None):
         super().__init__()
-        self.self_attn = Attention(config, rope)
-        self.mlp = MLP(config)
+        ranks, self._sum = (group.size, group.sum) if group else (1, lambda x: x)
+        self.self_attn = Attention(config, rope, ranks)
+        self.mlp = MLP(config, ranks)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, layer: int, parts: list[Part], rows: mx.array | None) -> mx.array:
-        x = (x if rows is None else x[rows]) + self.self_attn(self.input_layernorm(x), layer, parts, rows)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self._sum(self.self_attn(self.input_layernorm(x), layer, parts, rows))
+        x = (x if rows is None else x[rows]) + attended
+        return x + self._sum(self.mlp(self.post_attention_layernorm(x)))
 
 
 class LanguageModel(nn.Module):
     """All parts of a pass share the matrix products; attention is each part's own, so that none is padded."""
 
-    def __init__(self, config):
+    def __init__(self, config, group=None):
         super().__init__()
         rope = Rope(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer(config, rope, group) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, parts: list[Part], rows: mx.array | None = None) -> mx.array:

@@ -19,6 +19,7 @@ from . import __version__, images, model
 from .engine import Engine
 from .errors import RequestError, SetupError, check_text
 from .images import Header
+from .parallel import Group
 from .request import DEFAULT_MAX_TOKENS, Delta, Picture, Request, SamplingParams, question
 from .sequences import Generation, Prompt, shared_length
 from .tokenizer import Decoder, Parts, Tokenizer
@@ -30,11 +31,11 @@ PLACES = 2  # requests whose pictures are decoded at once
 class LLM(AbstractContextManager):
     """A model that answers; safe from any thread. `name` is "demo", a checkpoint folder or a hub id.
 
-    `adapter` is the folder of a LoRA or DoRA adapter. `limits` are those of `Engine`. Returns while it loads: `wait`
-    waits. Raises SetupError for what is no checkpoint.
+    `adapter` is the folder of a LoRA or DoRA adapter, `group` the ranks that run it together. `limits` are those of
+    `Engine`. Returns while it loads: `wait` waits. Raises SetupError for what is no checkpoint.
     """
 
-    def __init__(self, name: str = "demo", adapter: str | None = None, **limits):
+    def __init__(self, name: str = "demo", adapter: str | None = None, group: Group | None = None, **limits):
         folder = find(name)
         adapter = Path(adapter).expanduser() if adapter else None
         self.checkpoint = _checkpoint_name(name, folder) + (f"+{adapter.resolve().name}" if adapter else "")
@@ -47,7 +48,8 @@ class LLM(AbstractContextManager):
             if adapter:
                 model.read_adapter_config(adapter)  # what is none is told at once, as what is no model
         self._end_ids = self.tokenizer.end_ids | ends
-        self._folder, self._engine = folder, Engine(partial(model.load, folder, adapter=adapter), **limits)
+        load = partial(model.load, folder, adapter=adapter, group=group)
+        self._folder, self._engine = folder, Engine(load, group=group, **limits)
         self.stats = self._engine.stats
         self._moved = threading.Condition()  # guards these two: the owners of what is decoded, and of what is to be
         self._decoding: list[str] = []

@@ -150,10 +150,10 @@ class Adapted(nn.Module):
 class Phi3V(nn.Module):
     """Phi-3-vision: `model` and `lm_head` are the checkpoint's names."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, group=None):
         super().__init__()
         self.config = config
-        self.model = LanguageModel(config)
+        self.model = LanguageModel(config, group)
         self.model.vision_embed_tokens = VisionModel(config.vision, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -178,23 +178,29 @@ class Phi3V(nn.Module):
         return self.lm_head(self.model(embeddings, parts, rows)).astype(mx.float32)
 
 
-def load(folder: Path, dtype: mx.Dtype | None = None, adapter: Path | None = None, lazy: bool = False) -> Phi3V:
+def load(
+    folder: Path, dtype: mx.Dtype | None = None, adapter: Path | None = None, lazy: bool = False, group=None
+) -> Phi3V:
     """The model in a folder, evaluated (unless `lazy`) on the thread that is to run it.
 
-    `dtype` None is the file's, or a CPU's best; `adapter` the folder of a LoRA or DoRA adapter. Raises SetupError.
+    `dtype` None is the file's, or a CPU's best; `adapter` the folder of a LoRA or DoRA adapter. With a parallel.Group
+    it is one rank's share. Raises SetupError.
     """
-    model, tensors = Phi3V(Config.read(folder)), {}
+    config, tensors = Config.read(folder), {}
+    model = Phi3V(config, group)
     cpu = mx.default_device() == mx.Device(mx.cpu)
     if dtype is None and cpu:
         dtype = mx.float32  # shorter floats are slow there
     for path in weight_files(Path(folder)):
         tensors |= read(path)
+    if group:
+        tensors = {name: _share(name, array, config, group.rank, group.size) for name, array in tensors.items()}
     _quantize(model, tensors, folder)
     for module in model.modules() if cpu else ():
         if type(module) is nn.QuantizedLinear:
             module.__class__ = CPULinear  # the same weights, another product
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
-    _check_names(wanted, tensors, model.config.vision.layers_used, folder)
+    _check_names(wanted, tensors, config.vision.layers_used, folder)
     sizes = {name: tensors[name].nbytes for name in wanted}
     with progress("loading the model", sum(sizes.values())) as advance:
         for name, like in wanted.items():
@@ -264,6 +270,24 @@ def weight_files(folder: Path) -> list[Path]:
         lacking = "it has no .safetensors file, and phi3v reads no other format"
         raise SetupError(f"{folder} is no checkpoint folder: {lacking}")
     return paths
+
+
+def _share(name: str, array: mx.array, config: Config, rank: int, ranks: int) -> mx.array:
+    """What a rank has of a tensor: some heads, some units of the MLPs, and all of what is not one of those products."""
+    *_, module, _ = f"..{name}".split(".")
+    if not name.startswith("model.layers.") or not module.endswith("_proj"):
+        return array
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    segments = {"qkv_proj": [queries, queries + keys], "gate_up_proj": 2}  # of the rows; of the others there is one
+    axis = 0 if module in segments else -1
+    try:
+        if config.num_attention_heads % ranks or config.num_key_value_heads % ranks:
+            raise ValueError
+        parts = [mx.split(part, ranks, axis)[rank] for part in mx.split(array, segments.get(module, 1), axis)]
+    except ValueError:
+        heads = f"{config.num_attention_heads} heads, {config.num_key_value_heads} of them for keys"
+        raise SetupError(f"{ranks} ranks cannot share {name} {array.shape} of {heads}: try 2") from None
+    return mx.contiguous(mx.concatenate(parts, axis))
 
 
 def _quantize(model: Phi3V, tensors: dict[str, mx.array], folder: Path) -> None:

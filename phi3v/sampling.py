@@ -16,15 +16,18 @@ COLDEST = 1e-3  # a lower temperature would overflow float32, and is greedy as i
 
 
 class Sampler:
-    """How the tokens of one sequence are chosen, behind those it `made`; `branch` tells `n` answers to one apart."""
+    """How the tokens of one sequence are chosen, behind those it `made`; `branch` tells `n` answers to one apart.
 
-    def __init__(self, params: SamplingParams, prompt: np.ndarray, branch: int = 0, made: tuple[int, ...] = ()):
+    `number` stands for the seed where none was given.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: np.ndarray, branch: int = 0, made: tuple = (), number: int = 0):
         self.params = params
         self.drawn = params.temperature > 0
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self.penalized = penalties != (1, 0, 0)
         # Seeded by text, Python's generator promises the same numbers in every version.
-        self._random = random.Random(None if params.seed is None else f"{params.seed}/{branch}")
+        self._random = random.Random(f"{number if params.seed is None else params.seed}/{branch}")
         self._prompt, self._made, self._counts = prompt, np.array(made, int), None
         for _ in made if self.drawn else ():
             self.uniform()

@@ -6,6 +6,7 @@ ids, and in a picture's slots the digest of its pixels. The oldest goes first.
 """
 
 import queue
+import random
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -80,9 +81,13 @@ class Generation:
 
 
 class Sequence:
-    """A prompt on its way through the engine; only the engine's thread changes it."""
+    """A prompt on its way through the engine; only the engine's thread changes it.
 
-    def __init__(self, prompt: Prompt, index: int, generation: Generation):
+    Its `number` names it among several ranks, and is the seed of who gives none.
+    """
+
+    def __init__(self, prompt: Prompt, index: int, generation: Generation, number: int | None = None):
+        self.number = random.getrandbits(63) if number is None else number
         self.prompt, self.images = replace(prompt, images=[]), list(prompt.images)  # these lose their pixels once read
         self.index, self.generation, self.done = index, generation, False
         self.arrived, self.most = time.monotonic(), len(prompt.ids) + prompt.max_tokens
@@ -97,7 +102,7 @@ class Sequence:
         """Go back to what was delivered, whatever a pass that failed did to the rest; a seed's numbers go back, too."""
         self.together, self.flying = together, 0  # the most that may run at once; tokens that nobody looked at yet
         self.cache: KVCache | None = None  # its own while it is read, a batch's row later
-        self.sampler = Sampler(self.prompt.params, self.content, self.prompt.branch, tuple(self.made))
+        self.sampler = Sampler(self.prompt.params, self.content, self.prompt.branch, tuple(self.made), self.number)
         self.score: mx.array | float = 0.0  # of the targets so far
 
     @property

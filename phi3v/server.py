@@ -121,6 +121,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
     max_chat_content_length = 20 * 1024 * 1024  # a phone's photograph has 3 to 6 MB, and a third more as base64
     max_tokens = 1024  # as documented
     max_connections = 1024  # a thread and some 70 KB each
+    awaited = ()  # the ranks without which the model cannot be loaded
     daemon_threads = True
     block_on_close = False
 
@@ -290,7 +291,8 @@ class Handler(BaseHTTPRequestHandler):
     def health(self) -> None:
         status = self.server.llm.status
         good = status in ("ok", "idle")
-        self._reply(200 if good else 503, {"status": status}, {} if good else {"Retry-After": "5"})
+        body = {"status": status} | ({"ranks_awaited": list(self.server.awaited)} if self.server.awaited else {})
+        self._reply(200 if good else 503, body, {} if good else {"Retry-After": "5"})
 
     def page(self) -> None:
         self._reply(200, PAGE, PAGE_HEADERS)

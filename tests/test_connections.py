@@ -212,6 +212,7 @@ def test_stop_ends_idle_connections_in_order_and_at_once(site):
     assert waits_for(lambda: sum(map(bool, site.server.handlers.values())) == 3)
     began = time.monotonic()
     site.server.stop()
+    assert [client.sock.recv(1) for client in clients] == [b""] * 3  # close_notify, and no alert
     assert all(client.ended() for client in clients)
     assert time.monotonic() - began < server.STOP_SECONDS
 

@@ -15,6 +15,7 @@ FLOORS = [
     {"keys", "tls", "request"},
     {"connection", "protocol", "images", "tokenizer", "sampling", "language", "vision"},
     {"model", "sequences"},
+    {"parallel"},
     {"engine", "hub", "quantize"},
     {"llm"},
     {"server"},
@@ -24,7 +25,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"language", "vision", "sampling", "sequences", "model", "engine", "quantize", "bench"}
+MLX = {"language", "vision", "sampling", "sequences", "model", "parallel", "engine", "quantize", "bench"}
 UPWARDS = {("llm", "__init__")}  # for the version
 LIGHT = FLOORS[0] | FLOORS[1] | {"connection", "protocol", "server", "__init__", "terminal", "__main__"}
 HEAVY = set(MODULES) - LIGHT | {"server"}  # imported by those inside functions only: `list` needs none of it
