@@ -62,9 +62,11 @@ class Nginx:
 
     def __init__(self, folder: Path, certificates: Path, replicas: list[int], *changes: tuple[str, str]):
         self.folder, self.port = folder, free_port()
-        servers = "".join(f"    server 127.0.0.1:{port} max_fails=0;\n" for port in replicas)
-        text = re.sub(r"(    server 127\.0\.0\.1:800\d max_fails=0;.*\n){2}", lambda _: servers, SHIPPED)
-        assert text.count(servers) == 2
+        lines = re.findall(r"    server 127\.0\.0\.1:800[12].*\n", SHIPPED)  # of the two replicas, in both groups
+        assert len(lines) == 4
+        text = SHIPPED
+        for pair in {"".join(lines[:2]), "".join(lines[2:])}:
+            text = text.replace(pair, "".join(pair.splitlines(True)[1].replace("8002", str(port)) for port in replicas))
         places = {f"127.0.0.1:{8001 + i}/": f"127.0.0.1:{port}/" for i, port in enumerate(replicas[:2])}
         places |= {" 443 ": f" 127.0.0.1:{self.port} ", "    listen [::]:443 ssl http2;\n": ""}
         places |= {"/etc/nginx/phi3v/": f"{certificates}/", "/var/log/nginx/phi3v.log": f"{folder}/access.log"}
