@@ -14,7 +14,8 @@ from phi3v import __main__ as cli
 from phi3v import connection, server
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
-EXPOSURE = 30  # tenths, of 100: 21 with systemd 252, newer ones look at more; what is left is the network, the home it reads, and a GPU's device
+# Tenths of 10, so 21 with systemd 252; newer ones look at more. What is left is the network, the home, a GPU's device.
+EXPOSURE = 30
 NGINX = (DEPLOY / "nginx.conf").read_text()
 
 
