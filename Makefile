@@ -2,6 +2,7 @@
 # make bench                                    phi3v beside mlx-lm and mlx-vlm, about 20 minutes: BENCHMARKS.md
 # make test-clients                             the clients that people have, for Python and for node, which it needs
 # make test-page                                the chat page in Debian's Chromium, as a person uses it
+# make test-deploy                              deploy/nginx.conf before two real replicas, with Debian's nginx
 # make screenshots                              docs/page.png, from the running product
 # make guarantees                               what SECURITY.md promises, measured against real servers, 15 minutes
 # make soak                                     2,000 random requests, each compared with its lone run
@@ -43,6 +44,11 @@ test-clients: $(VENV)/ready $(VENV)-clients/ready $(VENV)-clients-openai2/ready 
 test-page: $(VENV)/ready $(VENV)-page/ready
 	@$(CHROMIUM)
 	$(VENV)-page/bin/python -m pytest tests/page $(ARGS)
+
+test-deploy: $(VENV)/ready-dev
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v nginx >/dev/null; then \
+	  apt-get update -qq; apt-get install -qq --no-install-recommends nginx-light >/dev/null; fi
+	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
 screenshots: $(VENV)/ready $(VENV)-page/ready
 	@$(CHROMIUM)
@@ -99,4 +105,4 @@ tests/clients/node_modules/ready: tests/clients/package-lock.json
 	@cd tests/clients && npm ci --loglevel=error --no-audit --no-fund
 	@touch $@
 
-.PHONY: serve test test-clients test-page screenshots lint bench guarantees soak clean
+.PHONY: serve test test-clients test-page test-deploy screenshots lint bench guarantees soak clean

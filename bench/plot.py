@@ -78,6 +78,33 @@ def engine(side: str) -> str:
     return next(name for name in COLOURS if side.startswith(name))
 
 
+def load_plot(path: Path) -> None:
+    """The picture of bench/load.py's result: latencies over requests offered a second, a colour for each number."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    result = json.loads(path.read_text())
+    colours = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
+    with pyplot.rc_context({**colours, "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "phi3v"}):
+        figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+        for side, colour in zip(result["sides"], ("#e0542f", "#3b82c4"), strict=True):
+            name = f"{side['replicas']} replica{'s' * (side['replicas'] > 1)}"
+            rates = [point["rate"] for point in side["points"]]
+            for p, style in {"p50": "-", "p95": "--", "p99": ":"}.items():
+                seconds = [point[p] for point in side["points"]]
+                axes.plot(rates, seconds, style, marker=".", color=colour, label=f"{name}, {p}")
+        axes.set(xlabel="requests offered a second", ylabel="seconds to the whole answer", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(frameon=False)
+        axes.set_title(
+            f"{result['answer']} tokens each, {result['cores']} cores for all, {result['date'][:10]}", fontsize=9
+        )
+        figure.savefig(path.with_suffix(".svg"), transparent=True, metadata={"Date": None})
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         plot(Path(argument))
