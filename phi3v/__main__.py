@@ -230,17 +230,6 @@ def quantize(arguments: argparse.Namespace) -> None:
     print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
 
 
-def bench(arguments: argparse.Namespace) -> None:
-    """Print what a model does on this machine, as a table to paste into an issue or as JSON."""
-    from . import need_mlx
-
-    need_mlx()
-    from .bench import measure, table
-
-    found = measure(arguments.model, arguments.adapter)
-    print(json.dumps(found) if arguments.json else table(found))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phi3v", description="Phi-3-Vision on MLX: a secure server and command line.")
     parser.epilog = "to begin, without a download: phi3v chat --model demo"
@@ -312,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "weights that share a scale (64)"
     sub.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help=text)
     sub.add_argument("--vision", action="store_true", help="the vision tower, too, which stays as it is otherwise")
-    sub = bench_ = command(bench, "bench", "measure a model on this machine: a table to paste into an issue")
+    sub = bench_ = command(terminal.bench, "bench", "measure a model on this machine: a table to paste into an issue")
     sub.add_argument("--json", action="store_true", help="the same as one object")
     for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")
