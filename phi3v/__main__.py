@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import resource
+import shlex
 import signal
 import sys
 import tempfile
@@ -39,6 +40,7 @@ WATCH = 0.5  # seconds between two looks at the certificate's files and at the e
 SPARE_FILES = 256  # open files beside the connections': databases, the model, libraries
 
 log = logging.getLogger("phi3v")
+log.addHandler(logging.NullHandler())  # only a server has a log; elsewhere what failed is one line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,11 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `phi3v generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (SetupError, RequestError) as error:
-        print(f"phi3v: {terminal.visible(str(error))}", file=sys.stderr)
+        reason = str(error)
+    except RuntimeError as error:  # MLX's, or the engine's with what it was that failed
+        reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
     except OSError as error:  # a full disk, a picture that is a folder
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"phi3v: {terminal.visible(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        reason = (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error))
+    print(f"phi3v: {terminal.visible(reason)}", file=sys.stderr)
     return 1
 
 
@@ -228,6 +233,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     print(f"{out}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after", flush=True)
     same, places = agreement(source, out)
     print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
+    print(f"to serve it: phi3v serve --model {shlex.quote(str(out))}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -104,7 +104,7 @@ def _ask(llm, prompt: str, pictures: list[Picture], params: SamplingParams, show
 def _each(llm, prompt: str, params: SamplingParams, files: list[str], out: str | None) -> None:
     """A JSON line for each file that `out` does not answer yet, in order of completion; SetupError if any failed."""
     same = {"prompt": prompt, "model": llm.checkpoint}
-    answered = _answered(out, same) if out else set()
+    answered, told = _answered(out, same) if out else (set(), set())
     files = [file for file in dict.fromkeys(files) if file not in answered]
     llm.wait()
     began, failed = perf_counter(), 0
@@ -113,7 +113,8 @@ def _each(llm, prompt: str, params: SamplingParams, files: list[str], out: str |
         for done, answer in enumerate(answers, 1):
             failed += "error" in answer
             _progress("")
-            print(visible(json.dumps(answer | same, ensure_ascii=False)), file=lines, flush=True)
+            if (answer["file"], answer.get("error")) not in told:
+                print(visible(json.dumps(answer | same, ensure_ascii=False)), file=lines, flush=True)
             rate = done / (perf_counter() - began)
             minutes, seconds = divmod(round((len(files) - done) / rate), 60)
             _progress(f"{done} of {len(files)} · {rate:.1f} pictures/s · {minutes}:{seconds:02} left · {failed} failed")
@@ -151,11 +152,14 @@ def _answers(llm, prompt: str, params: SamplingParams, files: Iterable[str]) -> 
         pool.shutdown(wait=False, cancel_futures=True)  # what still runs ends when the model is closed
 
 
-def _answered(out: str, same: dict[str, str]) -> set[str]:
-    """The files answered in `out` already; a last line that a kill cut off is taken away, another's file is refused."""
-    answered, end = set(), 0
+def _answered(out: str, same: dict[str, str]) -> tuple[set[str], set[tuple[str, str]]]:
+    """The files that `out` has answers to, and its others with their errors.
+
+    A last line that a kill cut off is taken away; a file of something else is refused.
+    """
+    answered, told, end = set(), set(), 0
     if not os.path.exists(out):
-        return answered
+        return answered, told
     with open(out, "r+b") as lines:
         for raw in lines:
             if not raw.endswith(b"\n") and raw.startswith(b'{"file": '[: len(raw)]):
@@ -167,12 +171,12 @@ def _answered(out: str, same: dict[str, str]) -> set[str]:
                 if {"file", "text", *same} <= line.keys():
                     answered.add(line["file"])
                 else:
-                    line["error"]  # is tried again
+                    told.add((line["file"], line["error"]))  # is tried again
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise SetupError(f"{out} has lines that --each did not write: name another file with --out") from None
             if other := [f"the {name} {line[name]!r:.99}" for name in same if line.get(name) != same[name]]:
                 raise SetupError(f"{out} was made with {' and '.join(other)}: ask the same, or name another --out")
-    return answered
+    return answered, told
 
 
 def bench(arguments: argparse.Namespace) -> None:
