@@ -185,7 +185,13 @@ def bench(arguments: argparse.Namespace) -> None:
     Prompts are random ids and pictures coloured squares, new in each round: no cache helps but where a row says so.
     """
     found = measure(arguments.model, arguments.adapter)
-    print(json.dumps(found) if arguments.json else _table(found))
+    if arguments.json:
+        return print(json.dumps(found))
+    print(ABOUT.format(**found))
+    for row in found["rows"]:
+        value = f"{row['value']:{',.0f' if row['value'] >= 100 else '.3g'}} {row['unit']}"
+        print(f"| {row['name']} | {value} | {row['rounds']} |")
+    print(NOTE)
 
 
 def measure(name: str, adapter: str | None = None) -> dict:
@@ -209,14 +215,6 @@ def measure(name: str, adapter: str | None = None) -> dict:
     about |= {"memory_gb": round(memory / 1e9, 1), "system": " ".join(platform.platform().split("-")[:2])}
     about |= {"python": platform.python_version(), "blas": fast_blas() or "that of MLX"}
     return about | {"rows": [{"name": n, "value": median(v), "unit": u, "rounds": len(v)} | c for n, v, u, c in rows]}
-
-
-def _table(found: dict) -> str:
-    lines = [ABOUT.format(**found)]
-    for row in found["rows"]:
-        value = f"{row['value']:{',.0f' if row['value'] >= 100 else '.3g'}} {row['unit']}"
-        lines.append(f"| {row['name']} | {value} | {row['rounds']} |")
-    return "\n".join([*lines, NOTE])
 
 
 def _rows(llm, model, rng: random.Random) -> Iterator[tuple[str, list[float], str, dict[str, int]]]:
