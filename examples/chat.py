@@ -9,7 +9,10 @@ import base64
 import os
 import sys
 
-from openai import OpenAI, OpenAIError
+try:
+    from openai import OpenAI, OpenAIError
+except ImportError:
+    sys.exit("chat.py needs the openai package: pip install openai")
 
 
 def ask(question: str, pictures: list[str]) -> None:

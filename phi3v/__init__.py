@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ def fast_blas() -> str | None:
     # Its threads would spin between two products and take the cores from everybody: a short answer in 20 ms, not 17.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     for name in ("libopenblas.so.0", "libopenblas.so"):
-        try:
+        with suppress(OSError):
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
             return name
-        except OSError:
-            continue
     return None

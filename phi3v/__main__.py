@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import resource
+import shlex
 import signal
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from . import __version__, open_llm, terminal, tls
@@ -39,6 +40,7 @@ WATCH = 0.5  # seconds between two looks at the certificate's files and at the e
 SPARE_FILES = 256  # open files beside the connections': databases, the model, libraries
 
 log = logging.getLogger("phi3v")
+log.addHandler(logging.NullHandler())  # only a server has a log; elsewhere what failed is one line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,11 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `phi3v generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (SetupError, RequestError) as error:
-        print(f"phi3v: {terminal.visible(str(error))}", file=sys.stderr)
+        reason = str(error)
+    except RuntimeError as error:  # MLX's, or the engine's with what it was that failed
+        reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
     except OSError as error:  # a full disk, a picture that is a folder
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"phi3v: {terminal.visible(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        reason = (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error))
+    print(f"phi3v: {terminal.visible(reason)}", file=sys.stderr)
     return 1
 
 
@@ -158,11 +163,10 @@ def _catch(received: queue.SimpleQueue, *numbers: int) -> None:
 
 
 def _has_terminal() -> bool:
-    try:
+    with suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _watch(arguments: argparse.Namespace, server, llm, signals: queue.SimpleQueue) -> None:
@@ -170,13 +174,11 @@ def _watch(arguments: argparse.Namespace, server, llm, signals: queue.SimpleQueu
     pair = Path(arguments.certfile), Path(arguments.keyfile)
     known = [_stamp(path) for path in pair]
     while llm.status != "failed":
-        asked = True
-        try:
+        with suppress(queue.Empty):
             if signals.get(timeout=WATCH):
                 return
-        except queue.Empty:
-            asked = False
-        if known == (known := [_stamp(path) for path in pair]) and not asked:
+            known = None  # SIGHUP: changed or not, it is read anew
+        if known == (known := [_stamp(path) for path in pair]):
             continue
         try:
             server.context = tls.server_context(*pair)
@@ -186,11 +188,10 @@ def _watch(arguments: argparse.Namespace, server, llm, signals: queue.SimpleQueu
 
 
 def _stamp(path: Path) -> tuple | None:
-    try:
+    with suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    return None
 
 
 def _allow_descriptors(connections: int) -> list[str]:
@@ -258,17 +259,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     print(f"{out}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after", flush=True)
     same, places = agreement(source, out)
     print(f"greedy agreement: the same next token at {same} of {places} places in built-in texts ({same / places:.1%})")
-
-
-def bench(arguments: argparse.Namespace) -> None:
-    """Print what a model does on this machine, as a table to paste into an issue or as JSON."""
-    from . import need_mlx
-
-    need_mlx()
-    from .bench import measure, table
-
-    found = measure(arguments.model, arguments.adapter)
-    print(json.dumps(found) if arguments.json else table(found))
+    print(f"to serve it: phi3v serve --model {shlex.quote(str(out))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -289,8 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     _option(sub, "--host", "127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network")
     _option(sub, "--port", 8000, type=int, help="0 for any that is free")
     _option(sub, "--allowed-host", "", type=_names(*HOST), help="further names clients call it by, with commas")
-    text = "web origins whose pages may use it, such as https://a.example"
-    _option(sub, "--allow-origin", "", type=_names(*ORIGIN), dest="origins", help=text)
+    _option(sub, "--allow-origin", "", type=_names(*ORIGIN), dest="origins", help="origins whose pages may use it")
     _option(sub, "--max-content-length", "1MB", type=size, help="largest body, such as 500KB or 1MB")
     _option(sub, "--max-chat-content-length", "20MB", type=size, help="the same, of the chat route")
     _option(sub, "--max-connections", 1024, type=count, help="the most clients at once; others are turned away")
@@ -315,11 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name")
     sub.add_argument("--expires", type=duration, help="from now on, such as 90d; or never")
     sub = rotate_ = command(rotate, "rotate", "give a key a new secret and print it, once; all else stays")
-    text = "the old one stays valid so long, as 24h (not at all)"
-    sub.add_argument("--grace", type=_kind(*GRACE), default=0, help=text)
+    sub.add_argument("--grace", type=_kind(*GRACE), default=0, help="the old one is valid so long, as 24h (not at all)")
     delete_ = command(delete, "delete", "delete a key; it ends at once, also in a running server")
-    text = "answer in the terminal, one prompt or one for each picture"
-    sub = generate_ = command(terminal.generate, "generate", text)
+    sub = generate_ = command(terminal.generate, "generate", "answer in the terminal, once or for each picture")
     sub.epilog = terminal.STATUS
     sub.set_defaults(refuse=sub.error)
     sub.add_argument("prompt", help="the question, or - to read it from standard input")
@@ -341,10 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", metavar="OUT", help="the folder to make")
     # What MLX's affine mode has on all backends, and both loaders read.
     sub.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 6, 8), help="of a weight (4)")
-    text = "weights that share a scale (64)"
-    sub.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help=text)
+    sub.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="weights to a scale (64)")
     sub.add_argument("--vision", action="store_true", help="the vision tower, too, which stays as it is otherwise")
-    sub = bench_ = command(bench, "bench", "measure a model on this machine: a table to paste into an issue")
+    sub = bench_ = command(terminal.bench, "bench", "measure a model on this machine: a table to paste into an issue")
     sub.add_argument("--json", action="store_true", help="the same as one object")
     for sub in (update_, rotate_, delete_):
         sub.add_argument("--key", required=True, help="the key, its id, or - to read it from standard input")

@@ -146,7 +146,7 @@ class Engine:
                 raise RequestError(f"a prompt has 1 token or more, with its answer {context}, not {given}", "prompt")
         with self._changed:
             if self.status not in ("ok", "idle"):
-                raise Unavailable(f"the model is {self.status}")
+                raise Unavailable(f"the model is {'closed' if self.status == 'draining' else self.status}")
             if len(self._alive) + len(prompts) > queue:
                 raise Unavailable(f"the queue is full: {len(self._alive)} of {queue} sequences run or wait")
             if (mine := sum(s.prompt.owner == owner for s in self._alive)) + len(prompts) > most:

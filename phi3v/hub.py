@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # HTTPError: httpx's, or httpx2's
@@ -26,6 +27,7 @@ from .model import progress, weight_files
 WANTED = r"(?a)((preprocessor_|generation_)?config|tokenizer|model\.safetensors\.index)\.json|[\w.-]+\.safetensors"
 HASH = r"[0-9a-f]{40}|[0-9a-f]{64}"  # git's of small files and of commits, SHA-256 of large files
 PAUSES = 1, 2, 4, 8  # seconds before each further try, counted anew when one has brought something: a router restarts
+LOOPBACK = "localhost", "127.0.0.1", "::1"
 SPARE = 100_000_000  # bytes of the disk that a download leaves free
 DEMO = "or try --model demo, which needs no download"
 
@@ -63,8 +65,16 @@ def _cached(root: Path) -> Path | None:
     return folder if (folder / "config.json").exists() and (folder / "tokenizer.json").exists() else None
 
 
+def _token() -> bool | None:
+    """For huggingface_hub, which takes None for the user's own: False where others on the way could read it."""
+    url = urlsplit(constants.ENDPOINT)
+    return None if url.scheme == "https" or url.hostname in LOOPBACK else False
+
+
 def _refusal(name: str, hub: str, response) -> str:
     status, code = response.status_code, response.headers.get("X-Error-Code")
+    if status in (401, 403, 404) and _token() is False:
+        return f"{hub} does not show {name} to strangers, and over plain http HF_TOKEN is not sent: use https; {DEMO}"
     if status == 403 or code == "GatedRepo":
         return f"{name} is for those who were granted access: ask at {hub}/{name}, then set HF_TOKEN"
     if status in (401, 404):
@@ -75,7 +85,7 @@ def _refusal(name: str, hub: str, response) -> str:
 
 def _download(name: str, root: Path) -> Path:
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = HfApi().model_info(name, revision="main", files_metadata=True, timeout=timeout)
+    info = HfApi(token=_token()).model_info(name, revision="main", files_metadata=True, timeout=timeout)
     _check(name, info)
     folder, blobs = root / "snapshots" / info.sha, root / "blobs"
     wanted = [file for file in info.siblings if re.fullmatch(WANTED, file.rfilename)]
@@ -154,7 +164,7 @@ def _fetch(what: str, url: str, blob: Path, size: int, advance: Callable[[int], 
 
 
 def _append(url: str, file, have: int, size: int, advance: Callable[[int], None]) -> None:
-    headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    headers = build_hf_headers(token=_token()) | {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         if response.is_error:  # its body is not looked at: it could have no end

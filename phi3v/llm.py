@@ -272,7 +272,7 @@ def find(name: str) -> Path:
     if folder.exists():
         raise SetupError(f"{name} is a file; a model is a folder with config.json and .safetensors files")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise SetupError(f"there is no folder {name}; try --model demo, the embedded model")
+        raise SetupError(f"there is no folder {name}; a model is demo (embedded), a checkpoint folder or a hub id")
     from . import hub  # 0.3 s to import, and what is a path has no business with it
 
     return hub.find(name)

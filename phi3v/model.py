@@ -33,6 +33,7 @@ UNREAD = re.compile(r"position_ids$|\.wte\.|post_layernorm\.|vision_model\.encod
 ROWS, ROWS_SLOW, UNEVEN = 8, 32, 3
 MAX_LAYERS = 1000  # each is made before a weight is read; Phi-3-vision has 32 and 24
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX's affine quantisation has
+MAX_SCALE = 1_000_000  # of an adapter: 10 or 20 are usual, and NaN is not below it
 AGAIN = "copy or download it again"
 
 
@@ -254,7 +255,7 @@ def read(path: Path) -> dict[str, mx.array]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files that the index names, or all there are; SetupError if any lacks."""
+    """The .safetensors files that the index names, or whose numbers say how many there are; SetupError if any lacks."""
     index = folder / "model.safetensors.index.json"
     paths = sorted(folder.glob("*.safetensors"))
     if index.exists():
@@ -262,6 +263,8 @@ def weight_files(folder: Path) -> list[Path]:
             paths = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise SetupError(f"{index} is damaged: it has no weight_map") from None
+    elif paths and (shard := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.safetensors)", paths[-1].name)):
+        paths = [folder / f"{shard[1]}{number:05}{shard[2]}" for number in range(1, int(shard[3]) + 1)]
     if outside := [str(path) for path in paths if path != folder / path.name]:
         raise SetupError(f"{index} names {outside[0]!r}, which is not a file of its folder")
     if missing := [path.name for path in paths if not path.exists()]:
@@ -344,9 +347,10 @@ def _adapt(model: Phi3V, folder: Path) -> None:
         weight = layer.weight
         if quantized := isinstance(layer, nn.QuantizedLinear):
             weight = mx.dequantize(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
-        (rows, width), rank = weight.shape, given["lora_a"].shape[-1] if "lora_a" in given else 0
+        found = {leaf: given[leaf].shape for leaf in sorted(given)}
+        (rows, width), rank = weight.shape, (0, *found.get("lora_a", ()))[-1]
         wanted = {"lora_a": (width, rank), "lora_b": (rank, rows)} | ({"m": (rows,)} if kind == "dora" else {})
-        if (found := {leaf: given[leaf].shape for leaf in sorted(given)}) != wanted:
+        if found != wanted:
             raise SetupError(
                 f"{folder} has {found} for {name}, this model takes {wanted}: it is for another, or damaged"
             )
@@ -371,7 +375,7 @@ def read_adapter_config(folder: Path) -> tuple[str, float]:
         raise SetupError(f"{folder} is no adapter folder: cannot read {path.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SetupError(f"{path} is not what mlx-lm writes: it has no lora_parameters with a scale") from None
-    if kind not in ("lora", "dora") or type(scale) not in (int, float):
-        given = f"fine_tune_type {kind!r} and scale {scale!r}"
-        raise SetupError(f"{path} has {given}; phi3v adds 'lora' and 'dora' only")
+    if kind not in ("lora", "dora") or type(scale) not in (int, float) or not abs(scale) < MAX_SCALE:
+        given = f"fine_tune_type {kind!r} and scale {scale!r:.40}"
+        raise SetupError(f"{path} has {given}; phi3v adds 'lora' and 'dora' with a scale below {MAX_SCALE:,}")
     return kind, scale

@@ -381,7 +381,8 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = fields.get("authorization", "").partition(" ")
         secret = (fields.get("x-api-key") or (token if scheme.lower() == "bearer" else "")).strip()
         if not secret:
-            raise errors.Unauthorized("the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY")
+            hint = "send it as X-API-Key: KEY or Authorization: Bearer KEY; `phi3v create` makes one"
+            raise errors.Unauthorized(f"the API key is missing: {hint}")
         self._key = self.server.keys.verify(secret)
         self._allowance = self.server.keys.take(self._key, counted).headers()
 

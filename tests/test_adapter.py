@@ -22,6 +22,7 @@ from phi3v.quantize import quantize
 
 PARITY = Path(__file__).parent / "parity"
 IDS = [1, 5, 9, 33, 200, 17, 80, 9, 5, 41]
+NO_SCALES = float("nan"), float("inf"), -float("inf")  # as JSON has them: NaN, Infinity, 1e400
 RANK = {"rank": 4, "scale": 10.0, "dropout": 0.0}
 
 
@@ -140,6 +141,8 @@ def spoil(folder: Path, **changes) -> None:
         (lambda f: spoil(f, lora_parameters={"rank": 4}), "is not what mlx-lm writes: it has no lora_parameters"),
         (lambda f: spoil(f, fine_tune_type="full"), "has fine_tune_type 'full' and scale 10.0; phi3v adds 'lora' and"),
         (lambda f: spoil(f, lora_parameters={"scale": "x"}), "scale 'x'"),
+        *((lambda f, x=x: spoil(f, lora_parameters={"scale": x}), f"scale {x!r}; phi3v adds") for x in NO_SCALES),
+        (lambda f: spoil(f, lora_parameters={"scale": 10**400}), "0; phi3v adds 'lora' and 'dora' with a scale below"),
         (lambda f: spoil(f, fine_tune_type="dora"), "this model takes {'lora_a': (128, 4), 'lora_b': (4, "),
         (lambda f: (f / "adapters.safetensors").unlink(), "adapters.safetensors: No such file or directory; copy"),
         (lambda f: (f / "adapters.safetensors").write_bytes(b"\0" * 30), "is not a whole safetensors file"),
@@ -160,6 +163,7 @@ def test_what_is_no_adapter_is_told_in_one_line(trained, tmp_path, change, messa
         ({"model.embed_tokens.lora_a": (512, 4)}, "adapts model.embed_tokens, no linear layer"),
         ({"lora_a": (4,)}, "adapts , no linear layer"),
         ({"lm_head.lora_a": (4,), "lm_head.lora_b": (4, 512)}, "has {'lora_a': (4,)"),
+        ({"lm_head.lora_a": (), "lm_head.lora_b": (4, 512)}, "has {'lora_a': ()"),
         ({"lm_head.lora_b": (4, 512)}, "this model takes"),
         ({"lm_head.lora_a": (128, 4), "lm_head.lora_b": (4, 513)}, "'lora_b': (4, 513)} for lm_head"),
     ],

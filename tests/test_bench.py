@@ -7,12 +7,11 @@ import sys
 from functools import partial
 from itertools import count
 
-import numpy as np
 import pytest
 
-from phi3v import __version__, bench, quantize
+from phi3v import __version__, open_llm, quantize, terminal
 from phi3v.__main__ import main
-from phi3v.llm import DEMO, LLM
+from phi3v.llm import DEMO
 
 ROWS = {  # name: unit, tokens, those kept
     "loading": ("ms", None, None),
@@ -36,18 +35,18 @@ ROWS = {  # name: unit, tokens, those kept
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """One round of everything, and little room: prompts and batches have to be cut to it."""
-    monkeypatch.setattr(bench, "SECONDS", 0)
-    monkeypatch.setattr(bench, "PREFILL", (64, 2048, 4096))
-    monkeypatch.setattr(bench, "LLM", partial(LLM, max_context=1200, max_batch=3))
+    monkeypatch.setattr(terminal, "SECONDS", 0)
+    monkeypatch.setattr(terminal, "PREFILL", (64, 2048, 4096))
+    monkeypatch.setattr(terminal, "open_llm", partial(open_llm, max_context=1200, max_batch=3))
 
 
 @pytest.fixture
 def times(monkeypatch):
     """A clock that half a second passes on between two looks, and tokens every two seconds, each answer's one later."""
     looks = count(0, 0.5)
-    monkeypatch.setattr(bench, "perf_counter", lambda: next(looks))
-    made = lambda llm, rng, shape, new: np.arange(shape[0])[:, None] + 2.0 * np.arange(new)  # noqa: E731
-    monkeypatch.setattr(bench, "_run", made)
+    monkeypatch.setattr(terminal, "perf_counter", lambda: next(looks))
+    made = lambda llm, rng, count, length, new: [[k + 2.0 * i for i in range(new)] for k in range(count)]  # noqa: E731
+    monkeypatch.setattr(terminal, "_run", made)
 
 
 def test_each_row_has_the_tokens_that_were_asked_for_and_those_that_were_kept(capsys):
@@ -70,7 +69,7 @@ def test_each_row_has_the_tokens_that_were_asked_for_and_those_that_were_kept(ca
 
 
 def test_figures_are_those_of_the_times(times):
-    rows = {row["name"]: row["value"] for row in bench.measure("demo")["rows"]}
+    rows = {row["name"]: row["value"] for row in terminal.measure("demo")["rows"]}
     assert rows["loading"] == rows["vision tower, 5 crops"] == 500
     assert rows["first question, 0 of 778 tokens kept"] == rows["next turn's question, 776 of 798 tokens kept"] == 500
     assert (rows["prefill, 64 tokens"], rows["prefill, 1,199 tokens"]) == (128, 2398)
@@ -80,8 +79,8 @@ def test_figures_are_those_of_the_times(times):
 
 @pytest.mark.parametrize("seconds, rounds", [(0.5, 0), (0.6, 3), (3, 6), (100, 9)])
 def test_a_case_has_as_many_rounds_as_fit_the_time_behind_one_that_warms_up(times, monkeypatch, seconds, rounds):
-    monkeypatch.setattr(bench, "SECONDS", seconds)
-    found = bench._repeat("a case", partial(next, made := count()))
+    monkeypatch.setattr(terminal, "SECONDS", seconds)
+    found = terminal._repeat("a case", partial(next, made := count()))
     assert found == ([(0.5, k + 1) for k in range(rounds)] or [(0.5, 0)])
     assert next(made) == rounds + 1
 
@@ -100,7 +99,7 @@ def test_the_table_is_markdown_of_a_hundred_columns_that_begins_with_what_ran(ti
 
 def test_a_terminal_is_told_what_is_under_way_and_its_line_is_cleared(times, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bench.measure("demo")
+    terminal.measure("demo")
     shown = capsys.readouterr().err
     for case in ("vision tower", "prefill, 64 tokens", "questions about a picture", "decode, 3 at once"):
         assert f"\r{case} …" in shown
@@ -108,9 +107,9 @@ def test_a_terminal_is_told_what_is_under_way_and_its_line_is_cleared(times, cap
 
 
 def test_quantised_weights_are_named_by_their_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_rows", lambda *_: [])
+    monkeypatch.setattr(terminal, "_rows", lambda *_: [])
     quantize.quantize(DEMO, tmp_path / "demo-4bit", 4, 32, False)
-    found = bench.measure(str(tmp_path / "demo-4bit"))
+    found = terminal.measure(str(tmp_path / "demo-4bit"))
     assert found["model"] == "demo-4bit" and re.fullmatch("4 bits, (float32|bfloat16)", found["weights"])
 
 

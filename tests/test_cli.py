@@ -197,6 +197,9 @@ WRONG_USAGE = [
 ]
 
 
+MODELS = r"a model is demo \(embedded\), a checkpoint folder or a hub id"
+
+
 @pytest.mark.parametrize("line", WRONG_USAGE)
 def test_wrong_usage_is_told_on_stderr_with_exit_status_2(run, tmp_path, line):
     status, out, err = run(*line.split())
@@ -238,8 +241,9 @@ def test_no_subcommand_prints_the_help_on_stderr_and_version_and_help_go_to_stdo
         ),
         (["generate", "hi", "--image", "none.png"], r"there is no picture none\.png"),
         (["generate", "hi", "--max-tokens", "0"], r"max_tokens must be a whole number of at least 1, not 0"),
-        (["generate", "hi", "--model", "none"], r"there is no folder none; try --model demo, the embedded model"),
-        (["generate", "hi", "--model", "./none/x"], r"there is no folder \./none/x; try --model demo, .*"),
+        (["generate", "hi", "--model", "none"], rf"there is no folder none; {MODELS}"),
+        (["generate", "hi", "--model", "./none/x"], rf"there is no folder \./none/x; {MODELS}"),
+        (["quantize", "none", "out"], rf"there is no folder none; {MODELS}"),
         (["generate", "hi", "--model", "text.db"], r"text\.db is a file; a model is a folder with config\.json .*"),
         (["generate", "hi", "--model", "empty"], r"empty is no checkpoint folder: cannot read config\.json: .*"),
     ],
@@ -251,6 +255,18 @@ def test_whatever_is_wrong_is_one_line_on_stderr_with_exit_status_1(run, key, ke
     status, out, err = run(*[key if word == "KEY" else word for word in command])
     assert (status, out) == (1, "") and re.fullmatch(f"phi3v: {message}\n", err), err
     assert keys() == before
+
+
+def test_a_generation_that_fails_is_one_line_on_stderr_with_exit_status_1(tmp_path):
+    script = """
+from phi3v import __main__, model, need_mlx
+need_mlx()
+model.Phi3V.__call__ = lambda *_: [][0]
+raise SystemExit(__main__.main())"""
+    for command in (["generate", "hi"], ["bench"]):
+        done = process(*command, "--model", "demo", script=script, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "phi3v: generation failed: list index out of range\n"
 
 
 def test_listing_keys_imports_neither_mlx_nor_any_other_large_package(key):
@@ -284,7 +300,7 @@ def test_a_reader_that_leaves_and_a_key_that_is_no_text_cause_no_traceback(key):
         (["--certfile", "server.key"], r"openssl x509 -in .*/server\.key failed: .*"),
         (["--keyfile", "none.key"], r".*/server\.crt has no key beside it: .*"),
         (["--db", "server.crt"], r".*/server\.crt cannot be used \(.*\); .*"),
-        (["--model", "none"], r"there is no folder none; try --model demo, the embedded model"),
+        (["--model", "none"], rf"there is no folder none; {MODELS}"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(pair, tmp_path, options, message):

@@ -117,6 +117,15 @@ def test_the_examples_answer(server):
     assert json.loads(reply)["responses"] == ["A red circle."]
 
 
+def test_the_example_that_needs_a_package_says_which(tmp_path):
+    (tmp_path / "openai.py").write_text("raise ImportError")  # as where it is not installed
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "chat.py", "Hi"], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "chat.py needs the openai package: pip install openai\n")
+
+
 def test_the_certificate_verifies_for_every_name_of_this_machine(server):
     context = ssl.create_default_context(cafile=server.folder / "server.crt")
     machine = socket.gethostname().split(".")[0].lower()

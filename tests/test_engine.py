@@ -800,7 +800,7 @@ def test_closing_ends_what_runs_and_refuses_what_comes():
     with pytest.raises(Unavailable, match="shutting down"):
         list(running)
     assert engine.status == "draining"
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="the model is closed"):
         engine.submit([prompt])
 
 

@@ -325,6 +325,16 @@ def test_a_file_that_is_refused_is_told_and_what_came_before_it_is_kept(site, st
     assert sent == SIZE - len(FILES[WEIGHTS]) and hub.find(NAME) and site.sent == SIZE
 
 
+def test_the_token_does_not_go_through_a_network_in_clear(site, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(hub, "LOOPBACK", ())
+    hub.find(NAME)
+    assert {token for _, _, token in site.asked} == {None}
+    shutil.rmtree(site.cache)
+    for site.status in (401, 403, 404):
+        assert f"does not show {NAME} to strangers, and over plain http HF_TOKEN is not sent: use https" in refusal()
+
+
 def test_the_token_goes_to_the_hub_and_not_to_where_it_sends_us(site, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.find(NAME)

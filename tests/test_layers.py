@@ -21,11 +21,10 @@ FLOORS = [
     {"server"},
     {"__init__"},
     {"terminal"},
-    {"bench"},
     {"__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-MLX = {"language", "vision", "sampling", "sequences", "model", "parallel", "engine", "quantize", "bench"}
+MLX = {"language", "vision", "sampling", "sequences", "model", "parallel", "engine", "quantize", "terminal"}
 UPWARDS = {("llm", "__init__")}  # for the version
 LIGHT = FLOORS[0] | FLOORS[1] | {"connection", "protocol", "server", "__init__", "terminal", "__main__"}
 HEAVY = set(MODULES) - LIGHT | {"server"}  # imported by those inside functions only: `list` needs none of it

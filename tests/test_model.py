@@ -76,6 +76,20 @@ def test_a_sharded_checkpoint_is_the_same_model(folder):
     )
 
 
+def test_numbered_files_without_an_index_are_as_many_as_their_names_say(folder):
+    one, two = (folder / f"model-0000{k}-of-00002.safetensors" for k in (1, 2))
+    expected = logits(model.load(folder))
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(str(two), {"lm_head.weight": weights.pop("lm_head.weight")})
+    mx.save_safetensors(str(one), weights)
+    (folder / "model.safetensors").unlink()
+    assert np.array_equal(logits(model.load(folder)), expected)
+    for lost in (two, one):
+        kept = lost.rename(folder / "kept")
+        assert f"lacks 1 of 2 weight files, first {lost.name}: copy or download it again" in refusal(folder)
+        kept.rename(lost)
+
+
 def test_an_index_cannot_name_files_elsewhere(folder):
     weight_map = {"lm_head.weight": "../../etc/passwd"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

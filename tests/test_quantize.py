@@ -127,6 +127,7 @@ def test_the_agreement_is_whole_with_itself_and_counted_at_the_answers(tmp_path,
     shown = capsys.readouterr()
     assert "1.6 MB before, 1." in shown.out and f" of {places} places in built-in texts (" in shown.out
     assert shown.err == ""  # no progress where nobody looks
+    assert shown.out.endswith(f"\nto serve it: phi3v serve --model {tmp_path / 'out'}\n")
     same = int(shown.out.split("same next token at ")[1].split()[0])
     assert 0.5 * places < same < places
 

@@ -64,6 +64,7 @@ LENGTHS[-1] *= 16
 CHUNKED = {"Transfer_Encoding": "chunked", "Content_Length": None}
 UNKNOWN = "the API key is unknown, expired or deleted; `phi3v list` shows the keys there are"
 MISSING = "the API key is missing: send it as X-API-Key: KEY or Authorization: Bearer KEY"
+MISSING += "; `phi3v create` makes one"
 LARGE = "the body has 1,230,000 bytes, at most 1,048,576 are allowed; /v1/chat/completions takes 20,971,520"
 TYPES = [None, "", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json"]
 REFUSED = [

@@ -151,6 +151,19 @@ def test_a_run_that_was_broken_goes_on_where_it_ended(run, monkeypatch):
     assert run(*each, "late.png", *names) == (0, "", "") and len(asked) == 3 and len(read("out.jsonl")) == 6
 
 
+def test_what_fails_again_is_told_once(run):
+    Path("text.png").write_text("no picture")
+    odd = "none\udcff.png" if sys.platform == "linux" else "none.png"
+    each = ["generate", QUESTION, "--num-crops", "1", "--out", "out.jsonl", "--each", "text.png", odd]
+    for _ in range(2):
+        assert run(*each)[::2] == (1, "phi3v: 2 of 2 pictures were not answered; their lines say why\n")
+        assert len(read("out.jsonl")) == 2
+    Path(odd).mkdir()  # which is another error
+    assert run(*each)[0] == 1
+    *before, last = read("out.jsonl")
+    assert len(before) == 2 and (last["file"], last["error"]) == (odd, "Is a directory")
+
+
 def test_lines_of_another_prompt_or_of_another_program_stay_as_they_are(run):
     each = ["--out", "out.jsonl", "--each", "circle.png"]
     assert run("generate", QUESTION, *each)[0] == 0
