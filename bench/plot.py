@@ -97,6 +97,7 @@ def load_plot(path: Path) -> None:
                 axes.plot(rates, seconds, style, marker=".", color=colour, label=f"{name}, {p}")
         axes.set(xlabel="requests offered a second", ylabel="seconds to the whole answer", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.25, which="both")
         axes.legend(frameon=False)
         axes.set_title(
