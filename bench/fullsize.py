@@ -2,6 +2,7 @@
 
     python bench/fullsize.py                 # two CPU cores take minutes, 18 GB of memory and 12 GB of disk
     python bench/fullsize.py --layers 2      # a trial of two language and three vision layers
+    python bench/fullsize.py --ranks 2       # and `serve --tensor-parallel` on two GPUs, or two processes of a CPU
 
 The weights are random: what is said means nothing, what it takes is as with the real ones. Every answer comes from a
 `phi3v serve` of its own in a temporary folder, with a key of `phi3v create` and the certificate verified. The floor of
@@ -112,11 +113,15 @@ def describe(folder: Path, config: Config, trial: bool) -> None:
 class Served:
     """`phi3v serve` and a key for it: asks over HTTPS, and knows when it was ready and the most memory it has had."""
 
-    def __init__(self, model: Path, home: Path):
+    def __init__(self, model: Path, home: Path, ranks: int = 1):
         made = subprocess.run([*PHI3V, "create", "--name", "fullsize"], cwd=home, stdout=subprocess.PIPE, check=True)
         self.key, began = made.stdout.decode().strip(), time.perf_counter()
         command = [*PHI3V, "serve", "--port", "0", "--model", str(model)]
-        self.process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True)
+        if ranks > 1:
+            launcher = str(Path(sys.executable).with_name("mlx.launch"))
+            command = [launcher, "-n", str(ranks), "--", *command, "--tensor-parallel"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=home, start_new_session=True, **pipes)
         greeting = next((line for line in self.process.stdout if "answers at" in line), None)
         if not greeting:
             sys.exit(f"`phi3v serve` ended with status {self.process.wait()}: what it said is above")
@@ -148,16 +153,17 @@ class Served:
         return moments[0] - began, (made - 1) / max(moments[-1] - moments[0], 1e-9)
 
     def stop(self) -> int:
-        peak = most_resident(self.process.pid)
-        self.process.send_signal(signal.SIGINT)
-        if self.process.wait(120) != 0:
+        below = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        peak = max(most_resident(int(pid)) for pid in [self.process.pid, *below])
+        os.killpg(self.process.pid, signal.SIGINT)  # mlx.launch ends as by Ctrl-C
+        if self.process.wait(120) != 0 and not below:
             sys.exit(f"`phi3v serve` ended with status {self.process.returncode}")
         return peak
 
 
-def asked(model: Path, home: Path) -> dict[str, float]:
+def asked(model: Path, home: Path, ranks: int = 1) -> dict[str, float]:
     """What a server of a folder took to start, to answer on both routes with pictures and without, and of memory."""
-    server, rng = Served(model, home), np.random.default_rng(0)
+    server, rng = Served(model, home, ranks), np.random.default_rng(0)
     say(f"{model.name} is ready after {server.ready:.1f} s")
     try:
         found: dict[str, list[float]] = defaultdict(list)
@@ -176,7 +182,7 @@ def asked(model: Path, home: Path) -> dict[str, float]:
         reply = json.loads("".join(server.post(COMPLETIONS, {"prompt": [TEXT, "What is 3 + 4?"], "max_tokens": 4})))
         assert len(reply["responses"]) == 2 and reply["system_fingerprint"] == model.name
     except BaseException:
-        server.process.kill()
+        os.killpg(server.process.pid, signal.SIGKILL)
         raise
     medians = {name: median(values[1:] or values) for name, values in found.items()}
     return {"ready to answer, s": server.ready} | medians | {"peak resident memory, GB": server.stop() / 1e9}
@@ -251,7 +257,7 @@ def sizes(folder: Path) -> dict[str, float]:
 
 
 def table(result: dict) -> str:
-    """The Markdown of a result: what was measured, one column for each of the two checkpoints."""
+    """The Markdown of a result: what was measured, one column for each checkpoint."""
     about = [
         result["device"],
         result["date"][:10],
@@ -262,8 +268,8 @@ def table(result: dict) -> str:
         f"\n`{result['command']}`: {result['parameters'] / 1e9:.2f} B parameters",
     ]
     lines += [f"\nFloor: {result['bandwidth'] / 1e9:,.1f} GB/s of a copy / the language model's weights."]
-    lines += ["\n| measured | bf16 | 4 bits |", "|---|--:|--:|"]
-    columns = [result["models"].get(name, {}) for name in ("bf16", "4 bits")]
+    lines += [f"\n| measured | {' | '.join(result['models'])} |", "|---|" + "--:|" * len(result["models"])]
+    columns = [*result["models"].values()]
     for name in dict.fromkeys(name for column in columns for name in column if name != "bench"):
         lines.append(f"| {name} | " + " | ".join(f"{c[name]:,.4g}" if name in c else "–" for c in columns) + " |")
     benches = [{row["name"]: row for row in column.get("bench", ())} for column in columns]
@@ -303,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, help="of the language model, with three of the tower: for a trial")
     parser.add_argument("--bench", action="store_true", help="`phi3v bench` on a CPU, too: many minutes at full size")
+    parser.add_argument("--ranks", type=int, default=1, help="serve the first checkpoint on so many ranks, too")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the checkpoints are made, and stay")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given, config = parser.parse_args(), PHI
@@ -315,6 +322,7 @@ def main() -> None:
     result = {"date": datetime.now(UTC).isoformat(), "device": device, "blas": None if GPU else BLAS, "models": {}}
     result |= {"versions": versions, "command": f"python bench/{Path(__file__).name}", "parameters": parameters}
     result["command"] += f" --layers {given.layers}" if given.layers else ""
+    result["command"] += f" --ranks {given.ranks}" if given.ranks > 1 else ""
     path = given.out / f"fullsize-{'-'.join(device.lower().split())}.json"
     given.out.mkdir(parents=True, exist_ok=True)
     with clean(given.keep) as folder, tempfile.TemporaryDirectory() as home:
@@ -335,6 +343,8 @@ def main() -> None:
             if GPU or given.bench:
                 found["bench"] = benched(model)
             result["models"][name] = found
+            if name == "bf16" and given.ranks > 1:
+                result["models"][f"{name}, {given.ranks} ranks"] = asked(model, Path(home), given.ranks)
             path.write_text(json.dumps(result, indent=1))  # after each: what was measured is not lost
             path.with_suffix(".md").write_text(table(result))
     print(table(result))

@@ -125,14 +125,25 @@ class Config:
                 raise SetupError(f"{path}: {name} is {value!r}, phi3v knows {', '.join(map(repr, allowed))}")
 
 
-class CPULinear(nn.QuantizedLinear):
+class CPULinear(nn.Linear):
+    """Turns the weights round for many rows where the BLAS is that of MLX's wheel: 7.7 GFLOP/s a core, not 4.1."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if openblas() or sys.platform != "linux" or x.size < ROWS_SLOW * x.shape[-1]:
+            return super().__call__(x)
+        x = x @ mx.contiguous(self.weight.T)
+        return x + self.bias if "bias" in self else x
+
+
+class CPUQuantizedLinear(nn.QuantizedLinear):
     """Makes the weights float again for many rows: MLX's quantised product runs at 2.7 GFLOP/s on a CPU's two cores."""
 
     def __call__(self, x: mx.array) -> mx.array:
         rows = (ROWS if openblas() else ROWS_SLOW) * (UNEVEN if 32 % self.bits else 1)
         if x.size < rows * x.shape[-1]:
             return super().__call__(x)
-        x = x @ mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits).T
+        weight = mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits)
+        x = x @ (weight.T if openblas() else mx.contiguous(weight.T))
         return x + self.bias if "bias" in self else x
 
 
@@ -197,9 +208,6 @@ def load(
     if group:
         tensors = {name: _share(name, array, config, group.rank, group.size) for name, array in tensors.items()}
     _quantize(model, tensors, folder)
-    for module in model.modules() if cpu else ():
-        if type(module) is nn.QuantizedLinear:
-            module.__class__ = CPULinear  # the same weights, another product
     wanted = dict(nn.utils.tree_flatten(model.parameters()))
     _check_names(wanted, tensors, config.vision.layers_used, folder)
     sizes = {name: tensors[name].nbytes for name in wanted}
@@ -212,6 +220,9 @@ def load(
     model.load_weights(list(wanted.items()))
     for layer in model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers:
         layer.self_attn.fuse()
+    on_cpu = {nn.Linear: CPULinear, nn.QuantizedLinear: CPUQuantizedLinear}
+    for module in model.modules() if cpu else ():
+        module.__class__ = on_cpu.get(type(module), type(module))  # the same weights, another product
     if adapter:
         _adapt(model, adapter)
     model.eval()

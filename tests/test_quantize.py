@@ -176,8 +176,8 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(tmp_path, monke
 def test_a_cpu_dequantises_for_many_rows_and_gives_the_same_logits(monkeypatch):
     phi = model.load(PARITY / "tiny-gqa-q4")
     linear = phi.model.layers[0].self_attn.qkv_proj
-    assert type(linear) is model.CPULinear
-    assert type(phi.model.vision_embed_tokens.img_projection[0]) is model.CPULinear  # with a bias
+    assert type(linear) is model.CPUQuantizedLinear
+    assert type(phi.model.vision_embed_tokens.img_projection[0]) is model.CPUQuantizedLinear  # with a bias
     crops, ids = parity.crops_of("tiny-gqa-q4.img_landscape"), list(range(1, 300))
     found = [logits(phi, ids), np.array(phi.image_features(crops)[0])]
     monkeypatch.setattr(model, "ROWS", 10**9)
@@ -191,7 +191,7 @@ def test_a_cpu_dequantises_for_many_rows_and_gives_the_same_logits(monkeypatch):
 def test_how_many_rows_are_many_depends_on_the_blas_and_the_bits(monkeypatch, blas, bits, rows):
     monkeypatch.setattr(model, "openblas", lambda: blas)
     layer = nn.QuantizedLinear(64, 32, bits=bits)
-    layer.__class__ = model.CPULinear
+    layer.__class__ = model.CPUQuantizedLinear
     made = []
     monkeypatch.setattr(model.mx, "dequantize", lambda *a, real=mx.dequantize: made.append(1) or real(*a))
     for n in (1, rows - 1, rows):
@@ -204,7 +204,7 @@ def test_a_gpu_keeps_the_type_of_the_file_and_mlx_products(monkeypatch):
     monkeypatch.setattr(model.mx, "default_device", lambda: mx.Device(mx.gpu))
     assert model.load(PARITY / "tiny-gqa").model.norm.weight.dtype == mx.bfloat16
     phi = model.load(PARITY / "tiny-gqa-q4")
-    assert not any(type(module) is model.CPULinear for module in phi.modules())
+    assert not any(type(module) is model.CPUQuantizedLinear for module in phi.modules())
     assert phi.model.layers[0].self_attn.qkv_proj.scales.dtype != mx.float32
 
 
@@ -233,3 +233,18 @@ def test_nothing_is_copied_that_lies_outside_the_folder_or_is_hidden_in_it(tmp_p
         convert(each, out)
         names = {path.name for path in out.iterdir()}
         assert "tokenizer.json" in names and ".env" not in names
+
+
+@pytest.mark.parametrize("blas", [True, False])
+def test_without_openblas_many_rows_take_the_weights_turned_round_and_give_the_same(monkeypatch, blas):
+    monkeypatch.setattr(model, "openblas", lambda: blas)
+    monkeypatch.setattr(model.sys, "platform", "linux")
+    layer = nn.Linear(64, 48)
+    rows = [mx.random.normal((n, 64)) for n in (1, model.ROWS_SLOW - 1, model.ROWS_SLOW)]
+    expected = [np.array(layer(x)) for x in rows]
+    layer.__class__ = model.CPULinear
+    turned = []
+    monkeypatch.setattr(model.mx, "contiguous", lambda x, real=mx.contiguous: turned.append(x.shape) or real(x))
+    for x, wanted in zip(rows, expected, strict=True):
+        assert np.abs(np.array(layer(x)) - wanted).max() < 1e-5
+    assert turned == ([] if blas else [(64, 48)])
