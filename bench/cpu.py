@@ -1,6 +1,6 @@
 """On a CPU, the first token of a question about a picture: phi3v beside mlx-vlm as each comes, from the same weights.
 
-    python bench/cpu.py                     # --size demo small, --repeats 3
+    python bench/cpu.py                     # --size demo small, --weights "bf16" "4 bits", --repeats 3
 
 bench/compare.py gives all sides OpenBLAS, since they share its process; here each has a process of its own, so that
 mlx-vlm has the BLAS of MLX's wheel and the type of the file, as its users do. The weights are the embedded model's, and
@@ -114,6 +114,7 @@ def table(rows: dict[str, dict[str, list[list[float]]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="the first token of a question about a picture, on a CPU")
     parser.add_argument("--size", nargs="+", choices=("demo", "small"), default=["demo", "small"])
+    parser.add_argument("--weights", nargs="+", choices=("bf16", "4 bits"), default=["bf16", "4 bits"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options, rows = parser.parse_args(), {}
@@ -124,7 +125,8 @@ def main() -> None:
     path = options.out / f"cpu-{'-'.join(about['device'].lower().split())}.json"
     with tempfile.TemporaryDirectory() as made:
         for size in options.size:
-            for weights, folder in folders(size, Path(made)).items():
+            found = folders(size, Path(made))
+            for weights, folder in [(name, found[name]) for name in options.weights]:
                 rows[f"{size}, {weights}"] = measure(folder, options.repeats)
                 path.write_text(json.dumps(about | {"date": datetime.now(UTC).isoformat(), "rows": rows}, indent=1))
                 path.with_suffix(".md").write_text(table(rows))
