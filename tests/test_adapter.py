@@ -97,8 +97,8 @@ def test_an_adapter_changes_the_answers_as_it_does_under_mlx_lm(folders, tmp_pat
 
 def test_an_adapter_costs_plain_weights_nothing_and_stands_beside_quantised_ones(folders, trained):
     plain, quantised = (model.load(folders[base], adapter=trained) for base in ("plain", "q4"))
-    assert type(plain.model.layers[1].mlp.gate_up_proj) is nn.Linear
-    assert type(plain.model.layers[0].mlp.gate_up_proj) is nn.Linear
+    assert isinstance(plain.model.layers[1].mlp.gate_up_proj, nn.Linear)
+    assert isinstance(plain.model.layers[0].mlp.gate_up_proj, nn.Linear)
     adapted = [[type(layer.mlp[name]) is model.Adapted for name in layer.mlp] for layer in quantised.model.layers]
     assert adapted == [[False, False], [True, False], [True, False]]
 
