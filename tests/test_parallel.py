@@ -181,13 +181,13 @@ def test_two_ranks_make_the_tokens_of_one_batched_and_with_cancels(ranks, weight
     ring = free_ports(1)[0]
     launcher = two.launch(ring)
     questions = []
-    for question in QUESTIONS:
+    for question in QUESTIONS if model == "demo" else QUESTIONS[:7]:  # few rows of 4 bits are slow on a CPU
         pictures = [drawing(*seed) if isinstance(seed, tuple) else drawing(seed) for seed in question.get("images", [])]
         questions.append(question | {"images": pictures})
     with phi3v.load(model) as one:
         wanted = [one.generate(**question) for question in questions]
     two.until("ok")
-    for count in (len(questions), 8):  # those of the second round find prompts and features in the caches
+    for count in (len(questions), 5):  # those of the second round find prompts and features in the caches
         with ThreadPoolExecutor(count + 4) as pool:
             abandoned = [pool.submit(lambda: two.begin_streaming().close()) for _ in range(4)]
             bodies = [

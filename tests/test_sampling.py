@@ -6,6 +6,7 @@ import pytest
 
 from phi3v.request import SamplingParams
 from phi3v.sampling import BITS, Sampler, logprobs, sample
+from phi3v.sequences import Generation, Prompt, Sequence
 
 VOCABULARY = 60
 RNG = np.random.default_rng(4)
@@ -105,7 +106,8 @@ def test_a_seed_gives_the_same_numbers_for_ever_and_branches_their_own():
     numbers = [sampler(seed=5).uniform() for _ in range(2)]
     assert numbers[0] == numbers[1] == 0.6389632225036621  # of every version and machine
     assert len({sampler(seed=5, branch=b).uniform() for b in range(8)}) == 8
-    assert len({sampler().uniform() for _ in range(8)}) == 8
+    unseeded = [Sequence(Prompt([1], [], 1), 0, Generation(1)) for _ in range(8)]
+    assert len({s.sampler.uniform() for s in unseeded}) == 8
 
 
 @pytest.mark.parametrize("bits", [0, 2**BITS - 1], ids=["smallest", "largest"])
