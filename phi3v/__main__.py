@@ -126,7 +126,12 @@ def _join(arguments: argparse.Namespace):
     for option in ("adapter", "idle_unload"):
         if getattr(arguments, option):
             raise SetupError(f"--tensor-parallel does not go with --{option.replace('_', '-')}")
-    return Group(arguments.tensor_parallel)
+    group = Group(arguments.tensor_parallel)
+    if group.rank:  # the others have no log file: what they wait for, or fail of, goes to stderr
+        log.addHandler(console := logging.StreamHandler())
+        console.setLevel(logging.WARNING)
+        console.setFormatter(_Formatter("phi3v: %(message)s"))
+    return group
 
 
 def _follow(llm) -> None:

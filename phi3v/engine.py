@@ -40,6 +40,7 @@ CROPS = 17  # of pictures looked at per pass: about as much work as a piece
 SHARE, SHARE_OF_GPU = 0.6, 0.85  # of a machine's memory, or a GPU's own, for weights, KV caches and kept prefixes
 KEPT = 0.25  # of what the weights leave of that for kept prefixes and features
 LEAST_CONTEXT = 2048  # tokens that are always let in, however little memory there seems to be
+LOOK = 0.1  # seconds: how often the end of a rank that waits for others looks whether one of them is lost
 NO_MEMORY = "malloc]", "out of memory", "Insufficient Memory"  # so Metal and CUDA say it; on a CPU MLX just crashes
 
 log = logging.getLogger("phi3v")
@@ -174,8 +175,8 @@ class Engine:
             self._changed.notify()
         if self._group:
             self._group.patient = False
-        if not (self._group and self._group.lost):  # or it waits for the lost rank for ever
-            self._thread.join()
+        while self._thread.is_alive() and not (self._group and self._group.lost):  # which may come while we wait
+            self._thread.join(LOOK if self._group else None)
         atexit.unregister(self.close)
 
     def _run(self) -> None:

@@ -243,6 +243,7 @@ def test_the_other_ranks_end_when_rank_0_is_lost(ranks):
     two = ranks()
     zero, one = two.start(0), two.start(1)
     two.until("ok")
+    assert f"phi3v: rank 1 waits for rank 0 at 127.0.0.1:{two.meeting}\n" in two.said("rank1")
     with two.begin_streaming():
         zero.kill()
         assert one.wait(30) == 1
