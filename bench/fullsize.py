@@ -153,8 +153,9 @@ class Served:
         return moments[0] - began, (made - 1) / max(moments[-1] - moments[0], 1e-9)
 
     def stop(self) -> int:
-        below = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        peak = max(most_resident(int(pid)) for pid in [self.process.pid, *below])
+        threads = Path("/proc", str(self.process.pid), "task").glob("*/children") if sys.platform == "linux" else ()
+        below = [int(pid) for thread in threads for pid in thread.read_text().split()]  # the ranks that mlx.launch has
+        peak = max(map(most_resident, [self.process.pid, *below]))
         os.killpg(self.process.pid, signal.SIGINT)  # mlx.launch ends as by Ctrl-C
         if self.process.wait(120) != 0 and not below:
             sys.exit(f"`phi3v serve` ended with status {self.process.returncode}")

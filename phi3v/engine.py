@@ -40,7 +40,7 @@ CROPS = 17  # of pictures looked at per pass: about as much work as a piece
 SHARE, SHARE_OF_GPU = 0.6, 0.85  # of a machine's memory, or a GPU's own, for weights, KV caches and kept prefixes
 KEPT = 0.25  # of what the weights leave of that for kept prefixes and features
 LEAST_CONTEXT = 2048  # tokens that are always let in, however little memory there seems to be
-LOOK = 0.1  # seconds: how often the end of a rank that waits for others looks whether one of them is lost
+RANKS_WAIT = 5  # seconds that the end of a rank waits for a pass, which another that hangs may never join
 NO_MEMORY = "malloc]", "out of memory", "Insufficient Memory"  # so Metal and CUDA say it; on a CPU MLX just crashes
 
 log = logging.getLogger("phi3v")
@@ -168,15 +168,16 @@ class Engine:
             self._changed.notify()
         return generation
 
-    def close(self) -> None:
-        """End the thread; what still runs fails with Unavailable."""
+    def close(self, in_order: bool = True) -> None:
+        """End the thread; what still runs fails with Unavailable. In order, other ranks end with success, too."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._group:
-            self._group.patient = False
-        while self._thread.is_alive() and not (self._group and self._group.lost):  # which may come while we wait
-            self._thread.join(LOOK if self._group else None)
+            self._group.patient, self._group.in_order = False, in_order
+        self._thread.join((0 if self._group.lost else RANKS_WAIT) if self._group else None)
+        if self._thread.is_alive():
+            self._group.abandon()
         atexit.unregister(self.close)
 
     def _run(self) -> None:
@@ -220,13 +221,15 @@ class Engine:
             memory, share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), SHARE
             if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
                 memory, share = int(mx.device_info()["total_memory"]), SHARE_OF_GPU
-            memory = self._group.least(memory) if self._group else memory
             weights = sum(array.nbytes for _, array in nn.utils.tree_flatten(model.parameters()))
             itemsize, kept = model.model.norm.weight.itemsize, limits["cache_bytes"]
             sizes = weights, itemsize, int(memory * share), kept, self._group.size if self._group else 1
             limits["cache_bytes"], self._room = room_for(model.config, *sizes)
             limits["context"] = min(limits["context"] or self._room, self._room, model.config.max_position_embeddings)
             limits["batch"] = limits["batch"] or max(1, min(MAX_BATCH, self._room // 1024))
+            if self._group:  # they decide what a turn does
+                limits |= {name: self._group.least(limits[name]) for name in ("batch", "context", "cache_bytes")}
+                self._room = self._group.least(self._room)
             self._cache.most = limits["cache_bytes"]
             mx.set_cache_limit(memory // 16)  # of freed buffers that MLX keeps for later; it would keep all
             self._model = model

@@ -56,8 +56,8 @@ class LLM(AbstractContextManager):
         self._wanting: list[str] = []
         self.limits = self._engine.limits  # what runs at once, waits, fits and is kept; complete once it is loaded
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        self._engine.close(in_order=kind is None)
 
     @property
     def status(self) -> str:

@@ -6,6 +6,7 @@ are, and its end tells at once who is lost. Neither asks who speaks: both belong
 """
 
 import atexit
+import faulthandler
 import json
 import logging
 import os
@@ -27,7 +28,8 @@ from .sequences import Generation, Prompt, Sequence
 
 PORT = 32322  # where ranks meet: the one below mlx.launch's first
 POLL = 0.5  # seconds between two tries to meet
-GREETING = 2  # seconds for a rank to say which it is
+GREETING = 0.5  # seconds for a rank to say which it is
+CONNECT = 30  # seconds for MLX to connect the ranks, once they have met
 # A machine that vanishes says nothing. After a second of silence the system asks once, and waits another.
 KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_NODELAY": 1, "TCP_KEEPIDLE": 1, "TCP_KEEPALIVE": 1}
 KEEP_ALIVE |= {"TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 1, "TCP_USER_TIMEOUT": 1500}
@@ -49,6 +51,7 @@ class Group:
         self.address = host, port
         self.awaited, self.lost = [0] if self.rank else list(range(1, self.size)), ""
         self.patient = True  # False ends the waiting for who has not come
+        self.in_order = True  # whether the other ranks are to end with success
         self._missed = threading.Event()
         self._peers: dict[int, socket.socket] = {}
         self._turns: queue.SimpleQueue = queue.SimpleQueue()  # of rank 0; None is the end
@@ -66,10 +69,14 @@ class Group:
             raise SetupError(f"{_named(self.awaited)} did not come")
         for rank, peer in self._peers.items():
             threading.Thread(target=self._listen, args=(rank, peer, lost), daemon=True).start()
+        # Python stands still meanwhile: a rank whose ports nobody reaches would wait for ever, and silently.
+        faulthandler.dump_traceback_later(CONNECT, exit=True)
         try:
             self._group = mx.distributed.init(strict=True, backend=self._backend)
         except RuntimeError as error:
             raise SetupError(f"MLX's backend {self._backend} cannot connect the ranks: {error}") from None
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def sum(self, x: mx.array) -> mx.array:
         """What all ranks have given, added up, and the same on each."""
@@ -93,8 +100,9 @@ class Group:
 
     def end(self) -> None:
         """Have the other ranks end in order."""
-        self._ended = True
-        self._send(b"null\n")
+        self._ended = self.in_order
+        if self.in_order:
+            self._send(b"null\n")
 
     def abandon(self) -> None:
         """After a failure MLX may wait for other ranks without end: the process must not wait for MLX at its own."""
@@ -123,7 +131,7 @@ class Group:
     def _connect(self) -> None:
         while self.awaited and self.patient:
             try:
-                peer = _kept_alive(socket.create_connection(self.address, timeout=GREETING))
+                peer = _kept_alive(socket.create_connection(self.address, timeout=CONNECT))
                 peer.sendall(b"%d" % self.rank)
                 self._peers[self.awaited.pop()] = peer
             except (ConnectionError, TimeoutError):
@@ -133,6 +141,9 @@ class Group:
         """Read what a rank says, which of all but rank 0 is nothing, until it ends."""
         peer.settimeout(None)
         with suppress(OSError, ValueError, TypeError, KeyError), peer.makefile("rb") as file:
+            if self.rank == 0:
+                file.read(1)
+                raise ConnectionError  # nobody has anything to tell rank 0
             while turn := json.loads(file.readline()):
                 pictures = {}
                 for digest, grid, crops in turn["pictures"]:

@@ -359,3 +359,22 @@ def test_the_ranks_are_those_that_mlx_launch_tells(monkeypatch, tmp_path, run, t
 def test_what_does_not_go_with_ranks_is_told(run, option):
     line = f"phi3v: --tensor-parallel does not go with {option[0]}\n"
     assert run("serve", "--model", "demo", *option, "--tensor-parallel") == (1, "", line)
+
+
+@ONE_GPU
+def test_of_different_limits_the_least_is_every_rank_s(ranks):
+    two = ranks()
+    two.start(0)
+    two.options += ["--max-batch", "1"]
+    two.start(1)
+    two.until("ok")
+    assert two.ask("/v1/completions", {"prompt": "Hello, world!", "n": 3, "temperature": 1})[0] == 200
+
+
+@ONE_GPU
+def test_when_rank_0_cannot_start_the_others_fail_too(ranks):
+    two = ranks()
+    with socket.create_server(("127.0.0.1", two.port)):
+        zero, one = two.start(0), two.start(1)
+        assert (zero.wait(30), one.wait(30)) == (1, 1)
+    assert "cannot listen on 127.0.0.1" in two.said("rank0")
