@@ -27,8 +27,8 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@files=$$(ls phi3v/*.py | wc -l) lines=$$(cat phi3v/*.py | wc -l); \
-	echo "phi3v/: $$((files)) Python files of at most 22, $$((lines)) lines: 5720 at most, 3500 in the end"; \
-	test $$files -le 22 -a $$lines -le 5720
+	echo "phi3v/: $$((files)) Python files of at most 22, $$((lines)) lines: 5740 at most, 3500 in the end"; \
+	test $$files -le 22 -a $$lines -le 5740
 
 bench: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --group bench
