@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     sides = []
     for count in (1, 2):
         with ExitStack() as stack:
