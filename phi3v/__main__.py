@@ -296,7 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     _option(sub, "--cache-bytes", "auto", type=auto_size, help="memory to keep read prompts and pictures in")
     _option(sub, "--idle-unload", "never", type=duration, help="free the model after such a time without work, as 10m")
     text = "this process is one of the ranks that mlx.launch starts; they meet at this port of rank 0's (32322)"
-    sub.add_argument("--tensor-parallel", type=int, nargs="?", const=32322, metavar="PORT", help=text)
+    # The port below mlx.launch's first one.
+    sub.add_argument("--tensor-parallel", type=count, nargs="?", const=32322, metavar="PORT", help=text)
     sub.set_defaults(hello=terminal.say_hello)
     sub.add_argument("--first-key", action="store_true", help="create and print a key if there is none yet")
     sub = create_ = command(create, "create", "create an API key and print it, once")

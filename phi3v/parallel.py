@@ -26,7 +26,6 @@ from .images import SIDE, Crops
 from .request import SamplingParams
 from .sequences import Generation, Prompt, Sequence
 
-PORT = 32322  # where ranks meet: the one below mlx.launch's first
 POLL = 0.5  # seconds between two tries to meet
 GREETING = 0.5  # seconds for a rank to say which it is
 CONNECT = 30  # seconds for MLX to connect the ranks, once they have met
@@ -43,10 +42,10 @@ class Group:
     """The ranks that run one model, as mlx.launch has started them: this process is `rank` of `size`.
 
     `meet`, `sum` and `least` belong to the thread that computes. `awaited` are the ranks that are not there yet, `lost`
-    says who was there. Raises SetupError where no ranks were started.
+    says who was there. They meet at `port` of rank 0's. Raises SetupError where no ranks were started.
     """
 
-    def __init__(self, port: int = PORT):
+    def __init__(self, port: int):
         self.rank, self.size, host, self._backend = _launched()
         self.address = host, port
         self.awaited, self.lost = [0] if self.rank else list(range(1, self.size)), ""
