@@ -127,10 +127,8 @@ def _join(arguments: argparse.Namespace):
         if getattr(arguments, option):
             raise SetupError(f"--tensor-parallel does not go with --{option.replace('_', '-')}")
     group = Group(arguments.tensor_parallel)
-    if group.rank:  # the others have no log file: what they wait for, or fail of, goes to stderr
-        log.addHandler(console := logging.StreamHandler())
-        console.setLevel(logging.WARNING)
-        console.setFormatter(_Formatter("phi3v: %(message)s"))
+    if group.rank:
+        _warn_on_stderr()  # these have no log file
     return group
 
 
@@ -412,15 +410,18 @@ class _Formatter(logging.Formatter):
         return "".join(lines)
 
 
+def _warn_on_stderr() -> None:
+    log.addHandler(console := logging.StreamHandler())
+    console.setLevel(logging.WARNING)
+    console.setFormatter(_Formatter("phi3v: %(message)s"))
+
+
 def _start_log(arguments: argparse.Namespace) -> Path | None:
     """Everything to the log file, warnings to stderr as well; returns the file, None if it cannot be written."""
     logging.raiseExceptions = False  # a full disk must cost lines of the log, not a traceback for each
     warnings.filterwarnings("ignore", module="PIL")  # they quote what clients sent, a line for each new wording
     log.setLevel(arguments.log_level)
-    console = logging.StreamHandler()
-    console.setLevel(logging.WARNING)
-    console.setFormatter(_Formatter("phi3v: %(message)s"))
-    log.addHandler(console)
+    _warn_on_stderr()
     try:
         file = logging.handlers.RotatingFileHandler(arguments.log_file, encoding="utf-8", **ROTATED)
     except OSError as error:
